@@ -1,0 +1,19 @@
+//! Wire contracts of peers and agents, with the version each field arrived in.
+//!
+//! The sources are the files under `proto/proto/`; the code is generated at build time.
+#![allow(missing_docs, clippy::all)]
+
+/// The agent of a host, as the master calls it.
+pub mod agent {
+    tonic::include_proto!("xenith.agent.v1");
+}
+
+/// Calls that a host sends on to the master.
+pub mod forward {
+    tonic::include_proto!("xenith.forward.v1");
+}
+
+/// Consensus among the voters and learners of a pool.
+pub mod raft {
+    tonic::include_proto!("xenith.raft.v1");
+}
