@@ -8,9 +8,13 @@
 //! To add a field: one line under `[fields]`. To add a message: one line under `[messages]`, and its
 //! function in `controller/src/api/<class>.rs`. A test compares the whole with the published model.
 
+mod arguments;
 mod derive;
+pub mod encode;
 mod error;
 mod field;
+pub mod filter;
+mod input;
 mod load;
 mod model;
 mod notation;
@@ -19,8 +23,11 @@ mod timestamp;
 mod types;
 mod value;
 
+pub use arguments::{Arguments, arguments};
 pub use error::ApiError;
 pub use field::{Field, FieldValue};
+pub use filter::Filter;
+pub use input::{Input, Misfit, convert};
 pub use model::{ClassDef, FieldDef, Implicit, Lifecycle, MessageDef, Model, Param, Qualifier, RbacRole, Relation, model};
 pub use reference::{ClassId, ClassKind, NotAReference, OpaqueRef, Ref};
 pub use timestamp::{NotADate, Timestamp};

@@ -1,0 +1,110 @@
+//! XML-RPC as the clients read it: no white space between tags, integers and strings bare in `<value>`.
+
+use std::io::Write as _;
+
+use crate::{ClassDef, Value};
+
+/// Appends `<value>…</value>`.
+pub fn xml(value: &Value, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"<value>");
+    match value {
+        Value::Str(text) => xml_text(text, out),
+        Value::Enum(word) => xml_text(word, out),
+        Value::Int(number) => out.extend_from_slice(itoa::Buffer::new().format(*number).as_bytes()),
+        Value::Float(number) => {
+            out.extend_from_slice(b"<double>");
+            double(*number, out);
+            out.extend_from_slice(b"</double>");
+        }
+        Value::Bool(truth) => {
+            out.extend_from_slice(if *truth { b"<boolean>1</boolean>" } else { b"<boolean>0</boolean>" });
+        }
+        Value::Time(time) => {
+            out.extend_from_slice(b"<dateTime.iso8601>");
+            time.write_to(out);
+            out.extend_from_slice(b"</dateTime.iso8601>");
+        }
+        Value::Ref(reference) => reference.write_to(out),
+        Value::Set(elements) => {
+            out.extend_from_slice(b"<array><data>");
+            for element in elements {
+                xml(element, out);
+            }
+            out.extend_from_slice(b"</data></array>");
+        }
+        Value::Map(entries) => {
+            out.extend_from_slice(b"<struct>");
+            for (key, value) in entries {
+                member(&key.text(), value, out);
+            }
+            out.extend_from_slice(b"</struct>");
+        }
+        Value::Record(members) => {
+            out.extend_from_slice(b"<struct>");
+            for (name, value) in members.iter().filter(|(_, value)| !matches!(value, Value::Absent)) {
+                member(name, value, out);
+            }
+            out.extend_from_slice(b"</struct>");
+        }
+        Value::Absent | Value::Void => {}
+    }
+    out.extend_from_slice(b"</value>");
+}
+
+/// Appends a row's record as `<value><struct>…</struct></value>`.
+pub fn xml_record(class: &ClassDef, fields: &[Value], out: &mut Vec<u8>) {
+    out.extend_from_slice(b"<value><struct>");
+    for (name, value) in super::visible(class, fields) {
+        member(name, value, out);
+    }
+    out.extend_from_slice(b"</struct></value>");
+}
+
+fn member(name: &str, value: &Value, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"<member><name>");
+    xml_text(name, out);
+    out.extend_from_slice(b"</name>");
+    xml(value, out);
+    out.extend_from_slice(b"</member>");
+}
+
+/// Whole numbers have no point on this wire.
+fn double(number: f64, out: &mut Vec<u8>) {
+    // Writing to a Vec cannot fail.
+    let _ = if number.is_nan() {
+        out.write_all(b"nan")
+    } else if number.is_infinite() {
+        out.write_all(if number > 0.0 { b"inf" } else { b"-inf" })
+    } else if number != 0.0 && !(1e-5..1e16).contains(&number.abs()) {
+        write!(out, "{number:e}")
+    } else {
+        write!(out, "{number}")
+    };
+}
+
+/// Appends text with the four entities; what XML 1.0 forbids is dropped.
+pub fn xml_text(text: &str, out: &mut Vec<u8>) {
+    let bytes = text.as_bytes();
+    let mut plain = 0;
+    for (index, byte) in bytes.iter().enumerate() {
+        let (entity, length): (&[u8], usize) = match byte {
+            b'<' => (b"&lt;", 1),
+            b'>' => (b"&gt;", 1),
+            b'&' => (b"&amp;", 1),
+            b'"' => (b"&quot;", 1),
+            // A bare carriage return would be read back as a line feed.
+            b'\r' => (b"&#13;", 1),
+            b'\t' | b'\n' => continue,
+            0..=0x1f => (b"", 1),
+            // U+FFFE and U+FFFF.
+            0xef if bytes.get(index + 1) == Some(&0xbf) && matches!(bytes.get(index + 2), Some(0xbe | 0xbf)) => (b"", 3),
+            _ => continue,
+        };
+        if plain <= index {
+            out.extend_from_slice(&bytes[plain..index]);
+            out.extend_from_slice(entity);
+            plain = index + length;
+        }
+    }
+    out.extend_from_slice(&bytes[plain..]);
+}
