@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Makes the tiny Linux guest of the lab and of the tests: DIR/vmlinuz and DIR/initrd.gz.
+#
+#   deploy/guest/build.sh DIR
+#
+# The kernel is Debian's for clouds, the userland is Debian's static busybox; both come from the
+# machine's own package sources, are only unpacked, and nothing needs root. Running it again with
+# nothing changed does nothing. What it does is told on stderr; stdout stays empty. The guest needs at
+# least 72 MiB of memory: the kernel unpacks itself at its start, and below that it resets for ever.
+# XENITH_CACHE (default: ~/.cache/xenith) keeps the downloads.
+set -euo pipefail
+umask 022
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+say() { echo "guest: $*" >&2; }
+fail() { say "$*"; exit 1; }
+
+[ $# -eq 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+cache=${XENITH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/xenith}/guest
+mkdir -p "$cache"
+
+# Two builds at once would tread on each other: the second waits, then finds everything done.
+exec 9>"$cache/lock"
+flock 9
+
+# What the image is made of: when none of it changed since the last build, there is nothing to do.
+stamp=$(cat "$here/build.sh" "$here/init" | sha256sum | cut -c1-16)
+if [ -s "$out/vmlinuz" ] && [ -s "$out/initrd.gz" ] && [ "$(cat "$out/.stamp" 2>/dev/null)" = "$stamp" ]; then
+  say "up to date in $out"
+  exit 0
+fi
+
+for tool in dpkg-deb cpio gzip; do
+  command -v "$tool" >/dev/null || fail "$tool is missing (Debian: apt-get install dpkg cpio gzip)"
+done
+
+# Unpacks the newest stored copy of a package whose name matches, downloading it if there is none.
+# $1: directory to unpack into; $2: pattern of the file; $3: command that prints the package's name
+unpack() {
+  local into=$1 pattern=$2 name
+  # shellcheck disable=SC2086
+  local deb; deb=$(cd "$cache" && ls -t $pattern 2>/dev/null | head -n 1 || true)
+  if [ -z "$deb" ]; then
+    command -v apt-get >/dev/null || fail "apt-get is needed to download packages"
+    name=$($3)
+    [ -n "$name" ] || fail "the package sources do not know $pattern; try: sudo apt-get update"
+    say "downloading $name"
+    local fresh; fresh=$(mktemp -d "$cache/download.XXXXXX")
+    (cd "$fresh" && apt-get download "$name" >&2 2>/dev/null) || { rm -rf "$fresh"; fail "apt-get download $name failed"; }
+    deb=$(basename "$fresh"/*.deb)
+    mv "$fresh/$deb" "$cache/$deb"
+    rmdir "$fresh"
+  fi
+  say "unpacking $deb"
+  dpkg-deb -x "$cache/$deb" "$into"
+}
+kernel_package() {
+  apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*-cloud-amd64\)$/\1/p' | head -n 1
+}
+busybox_package() { echo busybox-static; }
+
+work=$(mktemp -d "$cache/work.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+unpack "$work/kernel" 'linux-image-[0-9]*-cloud-amd64_*.deb' kernel_package
+vmlinuz=$(ls "$work"/kernel/boot/vmlinuz-*)
+modules=$(ls -d "$work"/kernel/lib/modules/*/kernel)
+
+root=$work/root
+mkdir -p "$root/bin" "$root/modules"
+busybox=$(command -v busybox || true)
+# Only a static one runs without the machine's libraries.
+if [ -n "$busybox" ] && ! ldd "$busybox" >/dev/null 2>&1; then
+  cp -L "$busybox" "$root/bin/busybox"
+else
+  unpack "$work/busybox" 'busybox-static_*.deb' busybox_package
+  cp "$work/busybox/bin/busybox" "$root/bin/busybox"
+fi
+chmod 755 "$root/bin/busybox"
+ln -s busybox "$root/bin/sh"
+install -m 755 "$here/init" "$root/init"
+
+# Buttons first; then what the next disks and NICs need. A module that this kernel has built in is not there, and not missed.
+for module in acpi/button input/evdev virtio/virtio virtio/virtio_ring virtio/virtio_pci_legacy_dev \
+  virtio/virtio_pci_modern_dev virtio/virtio_pci virtio/virtio_balloon block/virtio_blk net/net_failover \
+  net/virtio_net char/virtio_console misc/pvpanic/pvpanic misc/pvpanic/pvpanic-pci; do
+  file=$modules/drivers/$module.ko
+  [ ! -f "$file" ] || cp "$file" "$root/modules/"
+done
+[ ! -f "$modules/net/core/failover.ko" ] || cp "$modules/net/core/failover.ko" "$root/modules/"
+for needed in button evdev; do
+  [ -f "$root/modules/$needed.ko" ] || grep -q "drivers/.*/$needed.ko" "${modules%/kernel}/modules.builtin" 2>/dev/null \
+    || fail "this kernel has no $needed module: the guest would not hear its power button"
+done
+
+# The same input gives the same bytes: one time, one owner, one order.
+find "$root" -exec touch -h -d @0 {} +
+(cd "$root" && find . -print0 | LC_ALL=C sort -z | cpio --null --create --format=newc --owner=0:0 --reproducible --quiet) \
+  | gzip -9n >"$out/.initrd.new"
+cp "$vmlinuz" "$out/.vmlinuz.new"
+chmod 644 "$out/.initrd.new" "$out/.vmlinuz.new"
+mv "$out/.initrd.new" "$out/initrd.gz"
+mv "$out/.vmlinuz.new" "$out/vmlinuz"
+echo "$stamp" >"$out/.stamp"
+say "made $out/vmlinuz ($(stat -c %s "$out/vmlinuz") bytes) and $out/initrd.gz ($(stat -c %s "$out/initrd.gz") bytes)"
