@@ -12,6 +12,7 @@ pub(crate) fn implicit(file: &ClassFile, class: &ClassDef, out: &mut Vec<Message
     let this = || Type::Ref(class.id);
     let record = || Type::Record(class.id);
     let class_role = file.role.as_deref().map_or(RbacRole::PoolAdmin, role);
+    let reading_role = file.reading_role.as_deref().map_or(RbacRole::ReadOnly, role);
     let state = lifecycle(file.state.as_deref());
     for name in &file.generated {
         let (what, params, result) = match name.as_str() {
@@ -25,7 +26,7 @@ pub(crate) fn implicit(file: &ClassFile, class: &ClassDef, out: &mut Vec<Message
             other => unreachable_name(class, other),
         };
         let reads = !matches!(what, Implicit::Create | Implicit::Destroy);
-        let lowest = file.generated_roles.get(name).map_or(if reads { RbacRole::ReadOnly } else { class_role }, |name| role(name));
+        let lowest = file.generated_roles.get(name).map_or(if reads { reading_role } else { class_role }, |name| role(name));
         let since = leak(file.generated_since.get(name).unwrap_or(&file.since).clone());
         out.push(message(class, name, what, params, result, lowest, (since, state), false));
         if what == Implicit::GetAll {
@@ -49,7 +50,7 @@ fn accessors(class: &ClassDef, field: &FieldDef, index: u16, out: &mut Vec<Messa
         out.push(message(class, &name, what, params, result, role, (field.since, field.state), false));
     };
     if field.getter {
-        push("get_", Implicit::Get(index), vec![], field.ty.clone(), RbacRole::ReadOnly);
+        push("get_", Implicit::Get(index), vec![], field.ty.clone(), field.reading_role);
     }
     if field.qualifier != Qualifier::ReadWrite {
         return;

@@ -29,6 +29,9 @@ pub(crate) struct ClassFile {
     internal: bool,
     #[serde(default)]
     pub(crate) role: Option<String>,
+    /// Lowest role that may read; `read-only` unless said.
+    #[serde(default)]
+    pub(crate) reading_role: Option<String>,
     #[serde(default)]
     pub(crate) generated: Vec<String>,
     #[serde(default)]
@@ -52,6 +55,7 @@ struct FieldEntry {
     follows: Option<String>,
     pairs_with: Option<String>,
     role: Option<String>,
+    reading_role: Option<String>,
     #[serde(default = "yes")]
     getter: bool,
     #[serde(default)]
@@ -114,6 +118,7 @@ pub(crate) fn load() -> Model {
     for (file, index) in files.iter().zip(0..) {
         let entries = field_entries(file);
         let class_role = role(file.role.as_deref().unwrap_or("pool-admin"));
+        let reading_role = role(file.reading_role.as_deref().unwrap_or("read-only"));
         let fields = entries
             .iter()
             .map(|(name, entry)| {
@@ -136,6 +141,7 @@ pub(crate) fn load() -> Model {
                     state: lifecycle(entry.state.as_deref()),
                     relation: None,
                     role: entry.role.as_deref().map_or(class_role, role),
+                    reading_role: entry.reading_role.as_deref().map_or(reading_role, role),
                     getter: entry.getter,
                     hidden: entry.hidden || file.internal,
                 }

@@ -118,6 +118,8 @@ pub struct FieldDef {
     pub relation: Option<Relation>,
     /// Lowest role that may write it.
     pub role: RbacRole,
+    /// Lowest role that may read it alone.
+    pub reading_role: RbacRole,
     /// Whether `get_FIELD` exists.
     pub getter: bool,
     /// Never sent to clients.

@@ -30,7 +30,7 @@ pub(crate) fn parse_default(ty: &Type, text: &str) -> Option<Value> {
             }
             Value::Map(entries)
         }
-        Type::Record(_) | Type::AnyRecord | Type::Void => return None,
+        Type::Record(_) | Type::AnyRecord | Type::EventBatch | Type::Void => return None,
     })
 }
 

@@ -48,6 +48,8 @@ pub enum Type {
     Option(Box<Type>),
     /// `<class> record`: a record of whatever class the context says (`event.snapshot`).
     AnyRecord,
+    /// `an event batch`: what `event.from` answers.
+    EventBatch,
     /// `void`
     Void,
 }
@@ -69,6 +71,7 @@ impl Type {
             "datetime" => Self::DateTime,
             "void" => Self::Void,
             "<class> record" => Self::AnyRecord,
+            "an event batch" => Self::EventBatch,
             _ => {
                 if let Some(element) = text.strip_suffix(" set") {
                     Self::Set(inner(element)?)
@@ -103,7 +106,7 @@ impl Type {
             Self::Ref(_) => Value::Ref(OpaqueRef::NULL),
             Self::Set(_) => Value::Set(Vec::new()),
             Self::Map(..) => Value::Map(std::collections::BTreeMap::new()),
-            Self::Record(_) | Self::AnyRecord | Self::Option(_) => Value::Absent,
+            Self::Record(_) | Self::AnyRecord | Self::EventBatch | Self::Option(_) => Value::Absent,
             Self::Void => Value::Void,
         }
     }
@@ -119,6 +122,7 @@ impl fmt::Display for Type {
             Self::DateTime => out.write_str("datetime"),
             Self::Void => out.write_str("void"),
             Self::AnyRecord => out.write_str("<class> record"),
+            Self::EventBatch => out.write_str("an event batch"),
             Self::Enum(words) => write!(out, "enum {}", words.name),
             Self::Ref(class) => write!(out, "{} ref", class.def().name),
             Self::Record(class) => write!(out, "{} record", class.def().name),
