@@ -1,0 +1,369 @@
+//! Entries into states: deterministic, all or nothing, both ends of each relation in step.
+//!
+//! Nothing here may depend on anything but the state and the entry: every member must come to the
+//! same state. Time is the entry's.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use datamodel::{ClassId, Key, OpaqueRef, Relation, Timestamp, Value};
+
+use crate::row::{LogIndex, Row, edited};
+use crate::state::{HISTORY_ENTRIES, HISTORY_SECONDS, Outcome, REMEMBERED_TRANSACTIONS, State, Table, Tombstone};
+use crate::transaction::{Conflict, Expectation, Transaction, Write};
+
+/// Rows that an entry touched, so that they can be written to disk.
+pub(crate) type Dirty = HashSet<(ClassId, OpaqueRef)>;
+
+/// Applies one transaction to a state under construction.
+pub(crate) fn apply(state: &mut State, index: LogIndex, transaction: &Transaction, dirty: &mut Dirty) -> Outcome {
+    if let Some(outcome) = state.remembered.get(&transaction.id) {
+        return outcome.clone();
+    }
+    state.clock = state.clock.max(transaction.time);
+    let outcome = check(state, transaction).and_then(|()| write_all(state, index, transaction, dirty));
+    remember(state, transaction, &outcome);
+    outcome
+}
+
+/// Moves the end of history; called once for each entry, after its transactions.
+pub(crate) fn trim_history(state: &mut State, index: LogIndex, trimmed: &mut Vec<(LogIndex, ClassId, OpaqueRef)>) {
+    let oldest_time = Timestamp(state.clock.0.saturating_sub(HISTORY_SECONDS));
+    let oldest_index = LogIndex(index.0.saturating_sub(HISTORY_ENTRIES));
+    while let Some((key, tombstone)) = state.tombstones.get_min().copied() {
+        if key.0 >= oldest_index || tombstone.time >= oldest_time {
+            break;
+        }
+        state.tombstones.remove(&key);
+        state.oldest_token = state.oldest_token.max(key.0);
+        trimmed.push(key);
+    }
+}
+
+fn remember(state: &mut State, transaction: &Transaction, outcome: &Outcome) {
+    state.remembered.insert(transaction.id, outcome.clone());
+    state.remembered_order.push_back(transaction.id);
+    while state.remembered_order.len() > REMEMBERED_TRANSACTIONS {
+        if let Some(oldest) = state.remembered_order.pop_front() {
+            state.remembered.remove(&oldest);
+        }
+    }
+}
+
+fn name(class: ClassId) -> &'static str {
+    class.def().name
+}
+
+fn check(state: &State, transaction: &Transaction) -> Result<(), Conflict> {
+    for expectation in &transaction.expectations {
+        match expectation {
+            Expectation::Exists(class, reference) => {
+                find(state, *class, *reference)?;
+            }
+            Expectation::Absent(class, reference) => {
+                if state.row_of(*class, *reference).is_some() {
+                    return Err(Conflict::Exists(name(*class), *reference));
+                }
+            }
+            Expectation::Unmodified(class, reference, modified) => {
+                if find(state, *class, *reference)?.modified != *modified {
+                    return Err(Conflict::Changed(name(*class), *reference));
+                }
+            }
+            Expectation::Value(class, reference, field, value) => {
+                if find(state, *class, *reference)?.value(*field) != value {
+                    return Err(Conflict::Changed(name(*class), *reference));
+                }
+            }
+            Expectation::KeyAbsent(class, reference, field, key) => {
+                if let Value::Map(entries) = find(state, *class, *reference)?.value(*field)
+                    && entries.contains_key(key)
+                {
+                    return Err(Conflict::KeyExists(name(*class), *reference));
+                }
+            }
+            Expectation::ClassEmpty(class) => {
+                if state.count(*class) > 0 {
+                    return Err(Conflict::NotEmpty(name(*class)));
+                }
+            }
+        }
+    }
+    // All or nothing: what a write needs is looked at before the first one is made.
+    let mut made = HashSet::new();
+    for write in &transaction.writes {
+        match write {
+            Write::Insert(class, reference, _) => {
+                if state.row_of(*class, *reference).is_some() || !made.insert((*class, *reference)) {
+                    return Err(Conflict::Exists(name(*class), *reference));
+                }
+            }
+            Write::Delete(..) => {}
+            Write::Set(class, reference, ..)
+            | Write::AddToSet(class, reference, ..)
+            | Write::RemoveFromSet(class, reference, ..)
+            | Write::InsertInMap(class, reference, ..)
+            | Write::RemoveFromMap(class, reference, ..)
+            | Write::Touch(class, reference) => {
+                if !made.contains(&(*class, *reference)) {
+                    find(state, *class, *reference)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn find(state: &State, class: ClassId, reference: OpaqueRef) -> Result<&Arc<Row>, Conflict> {
+    state.row_of(class, reference).ok_or(Conflict::Missing(name(class), reference))
+}
+
+fn write_all(state: &mut State, index: LogIndex, transaction: &Transaction, dirty: &mut Dirty) -> Outcome {
+    let mut editor = Editor { state, index, time: transaction.time, dirty };
+    for write in &transaction.writes {
+        match write {
+            Write::Insert(class, reference, fields) => editor.insert(*class, *reference, fields),
+            Write::Set(class, reference, field, value) => editor.assign(*class, *reference, *field, value.clone()),
+            Write::AddToSet(class, reference, field, value) => {
+                editor.edit_set(*class, *reference, *field, value, true);
+            }
+            Write::RemoveFromSet(class, reference, field, value) => {
+                editor.edit_set(*class, *reference, *field, value, false);
+            }
+            Write::InsertInMap(class, reference, field, key, value) => {
+                editor.edit_map(*class, *reference, *field, key, Some(value));
+            }
+            Write::RemoveFromMap(class, reference, field, key) => editor.edit_map(*class, *reference, *field, key, None),
+            Write::Touch(class, reference) => {
+                if let Some(row) = editor.row(*class, *reference) {
+                    editor.replace(&row, |_| {});
+                }
+            }
+            Write::Delete(class, reference) => editor.delete(*class, *reference),
+        }
+    }
+    Ok(index)
+}
+
+/// A state under construction, and where in the log it is.
+struct Editor<'a> {
+    state: &'a mut State,
+    index: LogIndex,
+    time: Timestamp,
+    dirty: &'a mut Dirty,
+}
+
+impl Editor<'_> {
+    fn row(&self, class: ClassId, reference: OpaqueRef) -> Option<Arc<Row>> {
+        self.state.row_of(class, reference).cloned()
+    }
+
+    fn insert(&mut self, class: ClassId, reference: OpaqueRef, given: &[(u16, Value)]) {
+        let def = class.def();
+        let mut fields: Vec<Value> = def.fields.iter().map(|field| field.default.clone()).collect();
+        let mut related = Vec::new();
+        for (index, value) in given {
+            let relation = def.field_def(*index).and_then(|field| field.relation);
+            match relation {
+                // Kept by the other end.
+                Some(Relation::Follower { .. }) => continue,
+                Some(relation) => related.push((*index, relation, value.clone())),
+                None => {}
+            }
+            if let Some(slot) = fields.get_mut(usize::from(*index)) {
+                *slot = value.clone();
+            }
+        }
+        let row = Arc::new(Row::new(class, reference, self.index, self.index, fields));
+        self.state.tombstones.remove(&(self.index, class, reference));
+        link(self.state, &row);
+        self.state.changes.insert((self.index, class, reference), ());
+        self.dirty.insert((class, reference));
+        for (index, relation, value) in related {
+            self.follow(class, reference, index, relation, &Value::Absent, &value);
+        }
+    }
+
+    /// Makes a new version of a row. Whoever calls has looked that something changes.
+    fn replace(&mut self, row: &Arc<Row>, edit: impl FnOnce(&mut [Value])) {
+        let new = edited(row, self.index, edit);
+        self.state.changes.remove(&(row.modified, row.class, row.reference));
+        self.state.changes.insert((self.index, row.class, row.reference), ());
+        self.dirty.insert((row.class, row.reference));
+        relink(self.state, row, &new);
+    }
+
+    fn assign(&mut self, class: ClassId, reference: OpaqueRef, field: u16, value: Value) {
+        let Some(row) = self.row(class, reference) else { return };
+        let old = row.value(field).clone();
+        if old == value {
+            return;
+        }
+        let relation = class.def().field_def(field).and_then(|def| def.relation);
+        if matches!(relation, Some(Relation::Follower { .. })) {
+            return;
+        }
+        self.replace(&row, |fields| put(fields, field, value.clone()));
+        if let Some(relation) = relation {
+            self.follow(class, reference, field, relation, &old, &value);
+        }
+    }
+
+    /// The other end of a relation follows a change of this one.
+    fn follow(&mut self, class: ClassId, reference: OpaqueRef, field: u16, relation: Relation, old: &Value, new: &Value) {
+        let this = Value::Ref(reference);
+        match relation {
+            Relation::Owner { class: other, follower } => {
+                for (end, gains) in [(old, false), (new, true)] {
+                    if let Value::Ref(end) = end {
+                        self.follower(other, *end, follower, &this, gains);
+                    }
+                }
+            }
+            Relation::Pair { class: other, field: twin } => {
+                let members = |value: &Value| if let Value::Set(members) = value { members.clone() } else { Vec::new() };
+                let (old, new) = (members(old), members(new));
+                for lost in old.iter().filter(|member| !new.contains(member)) {
+                    if let Value::Ref(end) = lost {
+                        self.follower(other, *end, twin, &this, false);
+                    }
+                }
+                for gained in new.iter().filter(|member| !old.contains(member)) {
+                    if let Value::Ref(end) = gained {
+                        self.follower(other, *end, twin, &this, true);
+                    }
+                }
+            }
+            Relation::Follower { .. } => {}
+        }
+        let _ = (class, field);
+    }
+
+    /// Changes the kept end of a relation, set or single reference. An end that does not exist is left dangling.
+    fn follower(&mut self, class: ClassId, reference: OpaqueRef, field: u16, this: &Value, gains: bool) {
+        let Some(row) = self.row(class, reference) else { return };
+        match row.value(field) {
+            Value::Set(members) if members.contains(this) != gains => {
+                self.replace(&row, |fields| {
+                    if let Some(Value::Set(members)) = fields.get_mut(usize::from(field)) {
+                        if gains { members.push(this.clone()) } else { members.retain(|member| member != this) }
+                    }
+                });
+            }
+            Value::Ref(_) => {
+                let new = if gains { this.clone() } else { Value::Ref(OpaqueRef::NULL) };
+                if *row.value(field) != new && (gains || row.value(field) == this) {
+                    self.replace(&row, |fields| put(fields, field, new));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn edit_set(&mut self, class: ClassId, reference: OpaqueRef, field: u16, value: &Value, add: bool) {
+        let Some(row) = self.row(class, reference) else { return };
+        let Value::Set(members) = row.value(field) else { return };
+        if members.contains(value) == add {
+            return;
+        }
+        let mut members = members.clone();
+        if add { members.push(value.clone()) } else { members.retain(|member| member != value) }
+        self.assign(class, reference, field, Value::Set(members));
+    }
+
+    fn edit_map(&mut self, class: ClassId, reference: OpaqueRef, field: u16, key: &Key, value: Option<&Value>) {
+        let Some(row) = self.row(class, reference) else { return };
+        let Value::Map(entries) = row.value(field) else { return };
+        if entries.get(key) == value {
+            return;
+        }
+        self.replace(&row, |fields| {
+            if let Some(Value::Map(entries)) = fields.get_mut(usize::from(field)) {
+                match value {
+                    Some(value) => entries.insert(key.clone(), value.clone()),
+                    None => entries.remove(key),
+                };
+            }
+        });
+    }
+
+    fn delete(&mut self, class: ClassId, reference: OpaqueRef) {
+        let Some(row) = self.row(class, reference) else { return };
+        for (def, index) in class.def().fields.iter().zip(0_u16..) {
+            match def.relation {
+                Some(relation @ (Relation::Owner { .. } | Relation::Pair { .. })) => {
+                    let value = row.value(index).clone();
+                    let nothing = if matches!(value, Value::Set(_)) { Value::Set(Vec::new()) } else { Value::Absent };
+                    self.follow(class, reference, index, relation, &value, &nothing);
+                }
+                _ => {}
+            }
+        }
+        // A relation of a class with itself may have changed this very row.
+        let Some(row) = self.row(class, reference) else { return };
+        unlink(self.state, &row);
+        self.state.changes.remove(&(row.modified, class, reference));
+        self.state.tombstones.insert((self.index, class, reference), Tombstone { created: row.created, time: self.time });
+        self.dirty.insert((class, reference));
+    }
+}
+
+fn put(fields: &mut [Value], field: u16, value: Value) {
+    if let Some(slot) = fields.get_mut(usize::from(field)) {
+        *slot = value;
+    }
+}
+
+fn table(state: &mut State, class: ClassId) -> Option<&mut Table> {
+    state.tables.get_mut(usize::from(class.0)).map(Arc::make_mut)
+}
+
+fn label(row: &Row, field: &str) -> Option<Arc<str>> {
+    match row.value(row.class.def().field(field)?) {
+        Value::Str(text) => Some(Arc::clone(text)),
+        _ => None,
+    }
+}
+
+/// Puts a row into its table and the table's indexes.
+pub(crate) fn link(state: &mut State, row: &Arc<Row>) {
+    let Some(table) = table(state, row.class) else { return };
+    if let Some(uuid) = label(row, "uuid") {
+        table.by_uuid.insert(uuid, row.reference);
+    }
+    if let Some(name) = label(row, "name_label") {
+        table.by_name.entry(name).or_default().push_back(row.reference);
+    }
+    table.rows.insert(row.reference, Arc::clone(row));
+}
+
+fn unlink(state: &mut State, row: &Arc<Row>) {
+    let Some(table) = table(state, row.class) else { return };
+    if let Some(uuid) = label(row, "uuid")
+        && table.by_uuid.get(&uuid) == Some(&row.reference)
+    {
+        table.by_uuid.remove(&uuid);
+    }
+    forget_name(table, row);
+    table.rows.remove(&row.reference);
+}
+
+fn forget_name(table: &mut Table, row: &Row) {
+    let Some(name) = label(row, "name_label") else { return };
+    if let Some(references) = table.by_name.get_mut(&name) {
+        references.retain(|reference| *reference != row.reference);
+        if references.is_empty() {
+            table.by_name.remove(&name);
+        }
+    }
+}
+
+fn relink(state: &mut State, old: &Arc<Row>, new: &Arc<Row>) {
+    let renamed = old.uuid() != new.uuid() || old.name_label() != new.name_label();
+    if renamed {
+        unlink(state, old);
+        link(state, new);
+    } else if let Some(table) = table(state, new.class) {
+        table.rows.insert(new.reference, Arc::clone(new));
+    }
+}

@@ -1,0 +1,357 @@
+//! Between what is held in memory and what travels or rests: classes and fields by name there, by place here.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use datamodel::{ClassId, Key, OpaqueRef, Timestamp, Type, Value};
+use prost::Message;
+use proto::raft as wire;
+use uuid::Uuid;
+
+use crate::row::{LogIndex, Row};
+use crate::transaction::{Conflict, Expectation, Transaction, Write};
+
+/// The format of transactions, rows and snapshots that this version writes, and the newest that it reads.
+pub(crate) const FORMAT: u32 = 1;
+
+/// Bytes that say nothing this version understands.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// Not the expected message at all.
+    #[error("malformed record: {0}")]
+    Malformed(String),
+    /// Written by a newer version.
+    #[error("record of format {0}, this version reads up to {FORMAT}: upgrade this host")]
+    NewerFormat(u32),
+    /// A class that this version does not have.
+    #[error("unknown class {0}: upgrade this host")]
+    UnknownClass(String),
+    /// A field that this version does not have.
+    #[error("unknown field {0}.{1}: upgrade this host")]
+    UnknownField(&'static str, String),
+    /// A value that does not fit.
+    #[error("bad value")]
+    BadValue,
+}
+
+impl From<prost::DecodeError> for DecodeError {
+    fn from(error: prost::DecodeError) -> Self {
+        Self::Malformed(error.to_string())
+    }
+}
+
+fn reference_bytes(reference: OpaqueRef) -> Bytes {
+    Bytes::copy_from_slice(reference.bits().as_bytes())
+}
+
+pub(crate) fn reference(bytes: &[u8]) -> Result<OpaqueRef, DecodeError> {
+    Uuid::from_slice(bytes).map(OpaqueRef::from_uuid).map_err(|_| DecodeError::BadValue)
+}
+
+pub(crate) fn class(name: &str) -> Result<ClassId, DecodeError> {
+    ClassId::named(name).ok_or_else(|| DecodeError::UnknownClass(name.to_owned()))
+}
+
+fn class_name(class: ClassId) -> String {
+    class.def().name.to_owned()
+}
+
+fn field_name(class: ClassId, field: u16) -> String {
+    class.def().field_def(field).map_or_else(String::new, |def| def.name.to_owned())
+}
+
+fn field(class: ClassId, name: &str) -> Result<(u16, &'static Type), DecodeError> {
+    let def = class.def();
+    let index = def.field(name).ok_or_else(|| DecodeError::UnknownField(def.name, name.to_owned()))?;
+    let field = def.field_def(index).ok_or_else(|| DecodeError::UnknownField(def.name, name.to_owned()))?;
+    Ok((index, &field.ty))
+}
+
+fn value_to_wire(value: &Value) -> wire::Value {
+    use wire::value::Kind;
+    let kind = match value {
+        Value::Str(text) => Kind::Text(text.as_ref().to_owned()),
+        Value::Int(number) => Kind::Integer(*number),
+        Value::Float(number) => Kind::Number(*number),
+        Value::Bool(truth) => Kind::Truth(*truth),
+        Value::Time(time) => Kind::Time(time.0),
+        Value::Enum(word) => Kind::Word((*word).to_owned()),
+        Value::Ref(reference) => Kind::Reference(reference_bytes(*reference)),
+        Value::Set(members) => Kind::Set(wire::Values { values: members.iter().map(value_to_wire).collect() }),
+        Value::Map(entries) => Kind::Map(wire::Entries {
+            entries: entries
+                .iter()
+                .map(|(key, value)| wire::Entry { key: Some(value_to_wire(&key.to_value())), value: Some(value_to_wire(value)) })
+                .collect(),
+        }),
+        // Records that are no rows are never stored.
+        Value::Record(_) | Value::Absent | Value::Void => Kind::Absent(true),
+    };
+    wire::Value { kind: Some(kind) }
+}
+
+fn value_from_wire(ty: &Type, value: wire::Value) -> Result<Value, DecodeError> {
+    use wire::value::Kind;
+    let ty = if let Type::Option(inner) = ty { inner } else { ty };
+    Ok(match (ty, value.kind.ok_or(DecodeError::BadValue)?) {
+        (_, Kind::Text(text)) => Value::Str(text.into()),
+        (_, Kind::Integer(number)) => Value::Int(number),
+        (_, Kind::Number(number)) => Value::Float(number),
+        (_, Kind::Truth(truth)) => Value::Bool(truth),
+        (_, Kind::Time(time)) => Value::Time(Timestamp(time)),
+        (Type::Enum(words), Kind::Word(word)) => Value::Enum(words.word(&word).ok_or(DecodeError::BadValue)?),
+        (_, Kind::Reference(bytes)) => Value::Ref(reference(&bytes)?),
+        (Type::Set(element), Kind::Set(values)) => {
+            Value::Set(values.values.into_iter().map(|value| value_from_wire(element, value)).collect::<Result<_, _>>()?)
+        }
+        (Type::Map(key_type, value_type), Kind::Map(entries)) => {
+            let mut map = BTreeMap::new();
+            for entry in entries.entries {
+                let key = value_from_wire(key_type, entry.key.ok_or(DecodeError::BadValue)?)?;
+                let value = value_from_wire(value_type, entry.value.ok_or(DecodeError::BadValue)?)?;
+                map.insert(Key::from_value(key).ok_or(DecodeError::BadValue)?, value);
+            }
+            Value::Map(map)
+        }
+        (_, Kind::Absent(_)) => Value::Absent,
+        _ => return Err(DecodeError::BadValue),
+    })
+}
+
+/// A set's member or a map's key, whose type is a part of the field's.
+fn element<'a>(ty: &'a Type, of: impl Fn(&'a Type) -> Option<&'a Type>) -> Result<&'a Type, DecodeError> {
+    of(ty).ok_or(DecodeError::BadValue)
+}
+
+fn set_element(ty: &Type) -> Option<&Type> {
+    if let Type::Set(element) = ty { Some(element) } else { None }
+}
+
+fn map_key(ty: &Type) -> Option<&Type> {
+    if let Type::Map(key, _) = ty { Some(key) } else { None }
+}
+
+fn map_value(ty: &Type) -> Option<&Type> {
+    if let Type::Map(_, value) = ty { Some(value) } else { None }
+}
+
+fn named(class: ClassId, index: u16, value: &Value) -> wire::FieldValue {
+    wire::FieldValue { field: field_name(class, index), value: Some(value_to_wire(value)) }
+}
+
+/// Transactions as one log payload.
+pub(crate) fn encode_batch(transactions: &[Transaction]) -> Bytes {
+    let batch = wire::TransactionBatch { format: FORMAT, transactions: transactions.iter().map(transaction_to_wire).collect() };
+    Bytes::from(batch.encode_to_vec())
+}
+
+/// The transactions of a log payload.
+pub(crate) fn decode_batch(bytes: Bytes) -> Result<Vec<Transaction>, DecodeError> {
+    let batch = wire::TransactionBatch::decode(bytes)?;
+    if batch.format > FORMAT {
+        return Err(DecodeError::NewerFormat(batch.format));
+    }
+    batch.transactions.into_iter().map(transaction_from_wire).collect()
+}
+
+fn transaction_to_wire(transaction: &Transaction) -> wire::Transaction {
+    wire::Transaction {
+        id: Bytes::copy_from_slice(transaction.id.as_bytes()),
+        time: transaction.time.0,
+        expectations: transaction.expectations.iter().map(expectation_to_wire).collect(),
+        writes: transaction.writes.iter().map(write_to_wire).collect(),
+    }
+}
+
+fn transaction_from_wire(transaction: wire::Transaction) -> Result<Transaction, DecodeError> {
+    Ok(Transaction {
+        id: Uuid::from_slice(&transaction.id).map_err(|_| DecodeError::BadValue)?,
+        time: Timestamp(transaction.time),
+        expectations: transaction.expectations.into_iter().map(expectation_from_wire).collect::<Result<_, _>>()?,
+        writes: transaction.writes.into_iter().map(write_from_wire).collect::<Result<_, _>>()?,
+    })
+}
+
+fn expectation_to_wire(expectation: &Expectation) -> wire::Expectation {
+    use wire::expectation::What;
+    let (class, reference, what) = match expectation {
+        Expectation::Exists(class, reference) => (class, *reference, What::Exists(true)),
+        Expectation::Absent(class, reference) => (class, *reference, What::Absent(true)),
+        Expectation::Unmodified(class, reference, modified) => (class, *reference, What::Unmodified(modified.0)),
+        Expectation::Value(class, reference, index, value) => (class, *reference, What::Value(named(*class, *index, value))),
+        Expectation::KeyAbsent(class, reference, index, key) => {
+            (class, *reference, What::KeyAbsent(named(*class, *index, &key.to_value())))
+        }
+        Expectation::ClassEmpty(class) => (class, OpaqueRef::NULL, What::ClassEmpty(true)),
+    };
+    wire::Expectation { class: class_name(*class), reference: reference_bytes(reference), what: Some(what) }
+}
+
+fn expectation_from_wire(expectation: wire::Expectation) -> Result<Expectation, DecodeError> {
+    use wire::expectation::What;
+    let class = class(&expectation.class)?;
+    let reference = reference(&expectation.reference)?;
+    Ok(match expectation.what.ok_or(DecodeError::BadValue)? {
+        What::Exists(_) => Expectation::Exists(class, reference),
+        What::Absent(_) => Expectation::Absent(class, reference),
+        What::Unmodified(modified) => Expectation::Unmodified(class, reference, LogIndex(modified)),
+        What::Value(entry) => {
+            let (index, ty) = field(class, &entry.field)?;
+            Expectation::Value(class, reference, index, value_from_wire(ty, entry.value.ok_or(DecodeError::BadValue)?)?)
+        }
+        What::KeyAbsent(entry) => {
+            let (index, ty) = field(class, &entry.field)?;
+            let key = value_from_wire(element(ty, map_key)?, entry.value.ok_or(DecodeError::BadValue)?)?;
+            Expectation::KeyAbsent(class, reference, index, Key::from_value(key).ok_or(DecodeError::BadValue)?)
+        }
+        What::ClassEmpty(_) => Expectation::ClassEmpty(class),
+    })
+}
+
+fn write_to_wire(write: &Write) -> wire::Write {
+    use wire::write::What;
+    let entry = |class: ClassId, index: u16, key: &Key, value: Option<&Value>| wire::FieldEntry {
+        field: field_name(class, index),
+        key: Some(value_to_wire(&key.to_value())),
+        value: value.map(value_to_wire),
+    };
+    let (class, reference, what) = match write {
+        Write::Insert(class, reference, fields) => {
+            let fields = fields.iter().map(|(index, value)| named(*class, *index, value)).collect();
+            (class, reference, What::Insert(wire::Fields { fields }))
+        }
+        Write::Set(class, reference, index, value) => (class, reference, What::Set(named(*class, *index, value))),
+        Write::AddToSet(class, reference, index, value) => (class, reference, What::AddToSet(named(*class, *index, value))),
+        Write::RemoveFromSet(class, reference, index, value) => {
+            (class, reference, What::RemoveFromSet(named(*class, *index, value)))
+        }
+        Write::InsertInMap(class, reference, index, key, value) => {
+            (class, reference, What::InsertInMap(entry(*class, *index, key, Some(value))))
+        }
+        Write::RemoveFromMap(class, reference, index, key) => {
+            (class, reference, What::RemoveFromMap(entry(*class, *index, key, None)))
+        }
+        Write::Touch(class, reference) => (class, reference, What::Touch(true)),
+        Write::Delete(class, reference) => (class, reference, What::Delete(true)),
+    };
+    wire::Write { class: class_name(*class), reference: reference_bytes(*reference), what: Some(what) }
+}
+
+fn write_from_wire(write: wire::Write) -> Result<Write, DecodeError> {
+    use wire::write::What;
+    let class = class(&write.class)?;
+    let reference = reference(&write.reference)?;
+    let bad = || DecodeError::BadValue;
+    let member = |entry: wire::FieldValue| -> Result<(u16, Value), DecodeError> {
+        let (index, ty) = field(class, &entry.field)?;
+        Ok((index, value_from_wire(element(ty, set_element)?, entry.value.ok_or_else(bad)?)?))
+    };
+    let key = |entry: &mut wire::FieldEntry| -> Result<(u16, Key, &'static Type), DecodeError> {
+        let (index, ty) = field(class, &entry.field)?;
+        let key = value_from_wire(element(ty, map_key)?, entry.key.take().ok_or_else(bad)?)?;
+        Ok((index, Key::from_value(key).ok_or_else(bad)?, ty))
+    };
+    Ok(match write.what.ok_or_else(bad)? {
+        What::Insert(fields) => Write::Insert(class, reference, decode_fields(class, fields.fields)?),
+        What::Set(entry) => {
+            let (index, ty) = field(class, &entry.field)?;
+            Write::Set(class, reference, index, value_from_wire(ty, entry.value.ok_or_else(bad)?)?)
+        }
+        What::AddToSet(entry) => {
+            let (index, value) = member(entry)?;
+            Write::AddToSet(class, reference, index, value)
+        }
+        What::RemoveFromSet(entry) => {
+            let (index, value) = member(entry)?;
+            Write::RemoveFromSet(class, reference, index, value)
+        }
+        What::InsertInMap(mut entry) => {
+            let (index, key, ty) = key(&mut entry)?;
+            let value = value_from_wire(element(ty, map_value)?, entry.value.ok_or_else(bad)?)?;
+            Write::InsertInMap(class, reference, index, key, value)
+        }
+        What::RemoveFromMap(mut entry) => {
+            let (index, key, _) = key(&mut entry)?;
+            Write::RemoveFromMap(class, reference, index, key)
+        }
+        What::Touch(_) => Write::Touch(class, reference),
+        What::Delete(_) => Write::Delete(class, reference),
+    })
+}
+
+fn decode_fields(class: ClassId, fields: Vec<wire::FieldValue>) -> Result<Vec<(u16, Value)>, DecodeError> {
+    fields
+        .into_iter()
+        .map(|entry| {
+            let (index, ty) = field(class, &entry.field)?;
+            Ok((index, value_from_wire(ty, entry.value.ok_or(DecodeError::BadValue)?)?))
+        })
+        .collect()
+}
+
+/// A row as it rests: without what equals the model's defaults.
+pub(crate) fn row_to_wire(row: &Row) -> wire::StoredRow {
+    let def = row.class.def();
+    let fields = def.fields.iter().zip(row.values()).filter(|(field, value)| field.default != **value);
+    wire::StoredRow {
+        class: def.name.to_owned(),
+        reference: reference_bytes(row.reference),
+        created: row.created.0,
+        modified: row.modified.0,
+        fields: fields
+            .map(|(field, value)| wire::FieldValue { field: field.name.to_owned(), value: Some(value_to_wire(value)) })
+            .collect(),
+    }
+}
+
+/// A row back from its rest.
+pub(crate) fn row_from_wire(stored: wire::StoredRow) -> Result<Row, DecodeError> {
+    let class = class(&stored.class)?;
+    let mut fields: Vec<Value> = class.def().fields.iter().map(|field| field.default.clone()).collect();
+    for (index, value) in decode_fields(class, stored.fields)? {
+        if let Some(slot) = fields.get_mut(usize::from(index)) {
+            *slot = value;
+        }
+    }
+    let reference = reference(&stored.reference)?;
+    Ok(Row::new(class, reference, LogIndex(stored.created), LogIndex(stored.modified), fields))
+}
+
+/// A remembered outcome as it rests.
+pub(crate) fn outcome_to_wire(transaction: Uuid, sequence: u64, outcome: &Result<LogIndex, Conflict>) -> wire::StoredOutcome {
+    let (index, conflict, class, reference) = match outcome {
+        Ok(index) => (index.0, "", "", OpaqueRef::NULL),
+        Err(Conflict::Missing(class, reference)) => (0, "missing", *class, *reference),
+        Err(Conflict::Exists(class, reference)) => (0, "exists", *class, *reference),
+        Err(Conflict::Changed(class, reference)) => (0, "changed", *class, *reference),
+        Err(Conflict::KeyExists(class, reference)) => (0, "key-exists", *class, *reference),
+        Err(Conflict::NotEmpty(class)) => (0, "not-empty", *class, OpaqueRef::NULL),
+    };
+    wire::StoredOutcome {
+        transaction: Bytes::copy_from_slice(transaction.as_bytes()),
+        sequence,
+        index,
+        conflict: conflict.to_owned(),
+        class: class.to_owned(),
+        reference: reference_bytes(reference),
+    }
+}
+
+/// A remembered outcome back from its rest.
+pub(crate) fn outcome_from_wire(stored: &wire::StoredOutcome) -> Result<(Uuid, Result<LogIndex, Conflict>), DecodeError> {
+    let id = Uuid::from_slice(&stored.transaction).map_err(|_| DecodeError::BadValue)?;
+    if stored.conflict.is_empty() {
+        return Ok((id, Ok(LogIndex(stored.index))));
+    }
+    let class = class(&stored.class)?.def().name;
+    let reference = reference(&stored.reference)?;
+    let conflict = match stored.conflict.as_str() {
+        "missing" => Conflict::Missing(class, reference),
+        "exists" => Conflict::Exists(class, reference),
+        "changed" => Conflict::Changed(class, reference),
+        "key-exists" => Conflict::KeyExists(class, reference),
+        "not-empty" => Conflict::NotEmpty(class),
+        _ => return Err(DecodeError::BadValue),
+    };
+    Ok((id, Err(conflict)))
+}
