@@ -1,0 +1,76 @@
+# The few commands of the project. Each says what it needs, and installs it where it can.
+# Logic lives in deploy/*.sh and in the programs; this file only names it.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Stock clients and tools live here, outside the checkout. The build itself is in ./target unless CARGO_TARGET_DIR says otherwise.
+export XENITH_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/xenith
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+
+XENITH := $(CARGO_TARGET_DIR)/release/xenith
+LAB_DIR ?= $(or $(XDG_RUNTIME_DIR),/tmp)/xenith-lab-$(shell id -u)
+LAB_FLAGS ?=
+CARGO_FLAGS := --release --locked
+
+.PHONY: help demo test bench coverage build clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
+
+help: ## Say what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+demo: ## Three hosts, one pool, a real guest, a master lost to kill -9 (installs what is missing)
+	@deploy/install-deps.sh --for demo
+	@$(MAKE) --no-print-directory build
+	@clients=$$(deploy/clients/install.sh python) && exec "$$clients/python/bin/python" deploy/demo/demo.py --xenith "$(XENITH)"
+
+test: ## Every test (installs what is missing)
+	@deploy/install-deps.sh --for test
+	@$(MAKE) --no-print-directory build
+	@XENITH_CLIENTS=$$(deploy/clients/install.sh all) XENITH_BIN="$(XENITH)" deploy/run-tests.sh $(TEST_FLAGS)
+
+bench: ## Measure the pool beside etcd and write docs/benchmarks.md (installs what is missing)
+	@deploy/install-deps.sh --for bench
+	@$(MAKE) --no-print-directory build
+	cargo run $(CARGO_FLAGS) -p chaos-tests --bin bench -- --xenith "$(XENITH)" --write docs/benchmarks.md $(BENCH_FLAGS)
+
+coverage: build ## Write docs/api-coverage.md: which calls are there today
+	"$(XENITH)" coverage > docs/api-coverage.md.new
+	mv docs/api-coverage.md.new docs/api-coverage.md
+
+build: ## Build the xenith program and its guest image
+	@deploy/install-deps.sh --for build
+	cargo build $(CARGO_FLAGS) -p xenith
+	@$(MAKE) --no-print-directory guest
+
+guest: ## Make the small Linux that guests of the lab boot
+	@deploy/guest/build.sh "$(XENITH_CACHE)/guest/image"
+
+lab: build ## Start a three-host pool to play with (LAB_DIR, LAB_FLAGS="--driver sim")
+	"$(XENITH)" lab up --dir "$(LAB_DIR)" $(LAB_FLAGS)
+
+lab-status: ## Say how that pool is
+	"$(XENITH)" lab status --dir "$(LAB_DIR)"
+
+clean-lab: ## Stop that pool and throw it away
+	"$(XENITH)" lab down --dir "$(LAB_DIR)"
+	rm -rf -- "$(LAB_DIR)"
+
+verify: fmt-check lint deny test ## All that CI checks; writes nothing into the tree
+
+fmt-check:
+	cargo fmt --all -- --check
+
+lint:
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+
+deny: ## Licences, bans, sources and advisories of the dependencies
+	deploy/cargo-deny.sh
+
+docs: ## API documents of the crates
+	RUSTDOCFLAGS="-D warnings" cargo doc $(CARGO_FLAGS) --workspace --no-deps
+
+fix: ## Format and mend what can be mended
+	cargo fmt --all
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets --fix --allow-dirty --allow-staged

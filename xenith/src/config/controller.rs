@@ -1,0 +1,189 @@
+//! `controller.toml`: one host's part in the pool.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{Check, Fault, Log, Tls, Traces, fault};
+
+/// The whole file.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct ControllerConfig {
+    /// Uuid of this host, as the pool knows it.
+    pub host_uuid: Uuid,
+    /// Number of this host in the Raft group; never used again for another host, nor for this one after a wipe.
+    pub node_id: u64,
+    /// Directory of the replicated database.
+    pub data_dir: PathBuf,
+    /// What XenAPI clients reach.
+    pub api: Api,
+    /// What the other controllers reach.
+    pub peers: Peers,
+    /// Who this host is to peers and agents.
+    pub tls: Tls,
+    /// The hosts that the pool starts with: the same list on each of them. Read at the first start only.
+    #[serde(default)]
+    pub members: Vec<Member>,
+    /// Present on exactly one host: it makes the pool when there is none yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bootstrap: Option<Bootstrap>,
+    /// Timings of consensus.
+    #[serde(default)]
+    pub raft: Raft,
+    /// What templates boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest: Option<Guest>,
+    /// Logs.
+    #[serde(default)]
+    pub log: Log,
+    /// Spans.
+    #[serde(default)]
+    pub traces: Traces,
+}
+
+/// `[api]`: where and how XenAPI is served.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Api {
+    /// HTTPS.
+    pub listen: Vec<SocketAddr>,
+    /// HTTP without TLS: none unless listed here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plain_http: Vec<SocketAddr>,
+    /// Unix socket whose every caller is root of the pool. The file is 0600.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Certificate (PEM) shown to clients; made, self-signed, when missing.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Answers `HOST_IS_SLAVE` to every call at a host that is not the master, rather than forwarding those that carry
+    /// a live session.
+    #[serde(default)]
+    pub redirect_sessions: bool,
+    /// How long a call waits for a master before it is told that there is none.
+    #[serde(default = "election_wait_ms")]
+    pub election_wait_ms: u64,
+}
+
+fn election_wait_ms() -> u64 {
+    5_000
+}
+
+/// `[peers]`: where other controllers reach this one (mutual TLS).
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Peers {
+    /// Raft and forwarded calls.
+    pub listen: SocketAddr,
+}
+
+/// `[[members]]`: a host that the pool starts with.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    /// Its number in the Raft group.
+    pub node_id: u64,
+    /// Its uuid.
+    pub host_uuid: Uuid,
+    /// The address that clients are sent to; no port, for they keep their own.
+    pub api_address: IpAddr,
+    /// Where its controller listens for peers.
+    pub peer_address: SocketAddr,
+    /// Where its agent listens.
+    pub agent_address: SocketAddr,
+}
+
+/// `[bootstrap]`: how the pool is made.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Bootstrap {
+    /// File with the first password of root, one line, readable by its owner only. Without it the environment variable
+    /// XENITH_ROOT_PASSWORD is taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub root_password_file: Option<PathBuf>,
+    /// Key of the pool's CA (PEM), kept in the replicated state from then on, so that any master can sign for new hosts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_key: Option<PathBuf>,
+}
+
+/// `[raft]`: timings of consensus. The defaults give a new master well within a second on a machine whose disk
+/// acknowledges a write in a few milliseconds; on slower disks raise all three alike.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields, default)]
+pub struct Raft {
+    /// How often a leader says that it is there.
+    pub heartbeat_ms: u64,
+    /// Least silence after which a follower stands for election.
+    pub election_min_ms: u64,
+    /// Greatest such silence; also how long a leader's lease lasts.
+    pub election_max_ms: u64,
+}
+
+impl Default for Raft {
+    fn default() -> Self {
+        Self { heartbeat_ms: 50, election_min_ms: 110, election_max_ms: 200 }
+    }
+}
+
+/// `[guest]`: the small Linux that the test template boots.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    /// Kernel image, at the same path on every host.
+    pub kernel: PathBuf,
+    /// Initial RAM disk, at the same path on every host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ramdisk: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default)]
+    pub args: String,
+}
+
+impl ControllerConfig {
+    /// This host among the members that the pool starts with.
+    pub fn this_member(&self) -> Option<&Member> {
+        self.members.iter().find(|member| member.node_id == self.node_id)
+    }
+}
+
+impl Check for ControllerConfig {
+    fn check(&self) -> Result<(), Fault> {
+        if self.node_id == 0 {
+            return fault("node_id", "node numbers start at 1");
+        }
+        if self.api.listen.is_empty() && self.api.plain_http.is_empty() && self.api.socket.is_none() {
+            return fault("api.listen", "no client could reach this host: give an address, or api.socket");
+        }
+        self.tls.check()?;
+        let Raft { heartbeat_ms, election_min_ms, election_max_ms } = self.raft;
+        if heartbeat_ms == 0 || election_min_ms < heartbeat_ms * 2 {
+            return fault("raft.election_min_ms", "must be at least twice raft.heartbeat_ms, or one late heartbeat costs the master");
+        }
+        if election_max_ms <= election_min_ms {
+            return fault("raft.election_max_ms", "must be greater than raft.election_min_ms, or votes split for ever");
+        }
+        let nodes: BTreeSet<_> = self.members.iter().map(|member| member.node_id).collect();
+        let hosts: BTreeSet<_> = self.members.iter().map(|member| member.host_uuid).collect();
+        if nodes.len() != self.members.len() || hosts.len() != self.members.len() {
+            return fault("members", "a node_id or host_uuid is there twice");
+        }
+        if !self.members.is_empty() {
+            match self.this_member() {
+                None => return fault("members", format_args!("none has this host's node_id, {}", self.node_id)),
+                Some(me) if me.host_uuid != self.host_uuid => {
+                    return fault("members", format_args!("node_id {} has another host_uuid than this host", self.node_id));
+                }
+                Some(_) => {}
+            }
+        }
+        if self.bootstrap.is_some() && self.members.is_empty() {
+            return fault("members", "a host that makes the pool must be told its hosts, itself at least");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,22 @@
+//! The two daemons: read the configuration, start logging, build the parts, run until told to end.
+
+mod agent;
+mod controller;
+mod signals;
+
+use std::time::Duration;
+
+use anyhow::Context;
+
+pub use agent::agent;
+pub use controller::controller;
+
+/// How long tasks may take to end after the last of them was told to.
+const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
+
+fn on_runtime(daemon: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let outcome = runtime.block_on(daemon);
+    runtime.shutdown_timeout(RUNTIME_LIMIT);
+    outcome
+}

@@ -1,0 +1,120 @@
+//! Writes what the daemons of a lab read: the pool's CA, each host's certificate and the configuration files.
+//!
+//! Keys and certificates are made once; the configuration files are written anew at every `up`, so that they always say
+//! what this program understands and where the directory is now.
+
+use std::path::Path;
+
+use anyhow::Context;
+use crate::pending::PoolAuthority;
+use serde::Serialize;
+
+use super::layout::{HostLayout, Layout, private_dir, private_file};
+use super::plan::{Host, Plan};
+use crate::cli::Driver;
+use crate::config::{
+    AgentConfig, Api, Bootstrap, ControllerConfig, Log, Member, Peers, Raft, Tls, Traces,
+};
+
+/// Memory of a lab host: room for a few dozen of the small guests that labs run.
+const QEMU_HOST_MIB: u64 = 4 * 1024;
+/// A simulated host has as much as a large real one.
+const SIM_HOST_MIB: u64 = 1024 * 1024;
+
+/// Writes all of it.
+pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
+    private_file(&layout.root_password(), &format!("{}\n", plan.password))?;
+    let authority = authority(layout)?;
+    let members: Vec<_> = plan.hosts.iter().map(|host| member(plan, host)).collect();
+    for (position, host) in plan.hosts.iter().enumerate() {
+        let place = layout.host(&host.name);
+        for dir in [place.root(), &place.tls(), &place.controller_data(), &place.agent_state()] {
+            private_dir(dir)?;
+        }
+        let tls = identity(&authority, layout, &place, host)?;
+        let bootstrap = (position == 0).then(|| Bootstrap {
+            root_password_file: Some(layout.root_password()),
+            ca_key: Some(layout.ca().join("ca.key")),
+        });
+        let controller = ControllerConfig {
+            host_uuid: host.uuid,
+            node_id: host.node_id,
+            data_dir: place.controller_data(),
+            api: Api {
+                listen: vec![plan.api(host)],
+                plain_http: Vec::new(),
+                socket: Some(place.socket()),
+                certificate: place.tls().join("api.pem"),
+                key: place.tls().join("api.key"),
+                redirect_sessions: false,
+                election_wait_ms: 5_000,
+            },
+            peers: Peers { listen: plan.peer(host) },
+            tls: tls.clone(),
+            members: members.clone(),
+            bootstrap,
+            raft: Raft::default(),
+            guest: None,
+            log: Log::default(),
+            traces: Traces::default(),
+        };
+        write_toml(&place.controller_config(), &controller)?;
+        let agent = AgentConfig {
+            host_uuid: host.uuid,
+            listen: plan.agent(host),
+            state_dir: place.agent_state(),
+            driver: plan.driver,
+            tls,
+            memory_mib: Some(match plan.driver {
+                Driver::Qemu => QEMU_HOST_MIB,
+                Driver::Sim => SIM_HOST_MIB,
+            }),
+            log: Log::default(),
+            traces: Traces::default(),
+        };
+        write_toml(&place.agent_config(), &agent)?;
+    }
+    Ok(())
+}
+
+fn member(plan: &Plan, host: &Host) -> Member {
+    Member {
+        node_id: host.node_id,
+        host_uuid: host.uuid,
+        api_address: host.address.into(),
+        peer_address: plan.peer(host),
+        agent_address: plan.agent(host),
+    }
+}
+
+fn authority(layout: &Layout) -> anyhow::Result<PoolAuthority> {
+    let (certificate, key) = (layout.ca().join("ca.pem"), layout.ca().join("ca.key"));
+    if certificate.is_file() && key.is_file() {
+        let read = |path: &Path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+        return PoolAuthority::load(&read(&certificate)?, &read(&key)?).context("the lab's CA is damaged");
+    }
+    private_dir(&layout.ca())?;
+    let authority = PoolAuthority::make("lab").context("cannot make the pool's CA")?;
+    private_file(&key, authority.key_pem())?;
+    private_file(&certificate, authority.certificate_pem())?;
+    Ok(authority)
+}
+
+fn identity(authority: &PoolAuthority, layout: &Layout, place: &HostLayout, host: &Host) -> anyhow::Result<Tls> {
+    let tls = Tls {
+        ca: layout.ca().join("ca.pem"),
+        certificate: place.tls().join("host.pem"),
+        key: place.tls().join("host.key"),
+    };
+    if !(tls.certificate.is_file() && tls.key.is_file()) {
+        let issued = authority.issue(host.uuid, host.address.into()).context("cannot sign a host's certificate")?;
+        private_file(&tls.key, &issued.key_pem)?;
+        private_file(&tls.certificate, &issued.certificate_pem)?;
+    }
+    Ok(tls)
+}
+
+fn write_toml(path: &Path, config: &impl Serialize) -> anyhow::Result<()> {
+    let text = toml::to_string_pretty(config).with_context(|| format!("cannot write {}", path.display()))?;
+    private_file(path, &format!("# Written by `xenith lab up`, anew each time.\n{text}"))
+}

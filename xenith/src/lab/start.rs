@@ -1,0 +1,157 @@
+//! Starting what is dead, and waiting until it serves.
+
+use std::collections::BTreeSet;
+use std::io::{Read, Seek, SeekFrom};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rustix::process::Signal;
+
+use super::layout::{HostLayout, Layout};
+use super::plan::{Host, Plan};
+use super::power;
+use super::process::{Daemon, daemon, spawn};
+use super::rpc::{PoolView, Socket, pool_view};
+use crate::cli::What;
+
+const LOOK_AGAIN: Duration = Duration::from_millis(25);
+/// How long one host may take to describe its pool.
+const ASK_LIMIT: Duration = Duration::from_secs(3);
+const CONNECT_LIMIT: Duration = Duration::from_millis(500);
+/// How much of a daemon's log is shown when it ends at once.
+const LOG_TAIL: i64 = 2_000;
+
+/// Starts what is dead of every host and continues what is paused: agents first, so that a master finds them there.
+pub fn all(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
+    for what in [What::Agent, What::Controller] {
+        for host in &plan.hosts {
+            self::host(layout, plan, host, what)?;
+            power::signal(&layout.host(&host.name), what, Signal::CONT)?;
+        }
+    }
+    for host in &plan.hosts {
+        // Domains of a paused host.
+        power::signal(&layout.host(&host.name), What::Host, Signal::CONT)?;
+    }
+    Ok(())
+}
+
+/// Starts what is dead of one host.
+pub fn host(layout: &Layout, plan: &Plan, host: &Host, what: What) -> anyhow::Result<()> {
+    let place = layout.host(&host.name);
+    if what != What::Controller && daemon(Daemon::Agent, &place.agent_config()).is_none() {
+        must_be_free(plan.agent(host))?;
+        eprintln!("{}: starting the agent", host.name);
+        spawn(Daemon::Agent, &place.agent_config(), &place.agent_log())?;
+    }
+    if what != What::Agent && daemon(Daemon::Controller, &place.controller_config()).is_none() {
+        must_be_free(plan.api(host))?;
+        must_be_free(plan.peer(host))?;
+        eprintln!("{}: starting the controller at https://{}", host.name, plan.api(host));
+        spawn(Daemon::Controller, &place.controller_config(), &place.controller_log())?;
+    }
+    Ok(())
+}
+
+fn must_be_free(address: SocketAddr) -> anyhow::Result<()> {
+    // Bound and let go again. Another program may still come in between; then the daemon itself says so in its log.
+    match TcpListener::bind(address) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => bail!(
+            "{address} is in use by another program, perhaps by another lab: stop that one (xenith lab down --dir …), \
+             or give this lab other addresses in a new directory (--base 127.0.72.1 or --port 9443)"
+        ),
+        Err(error) => Err(error).with_context(|| format!("cannot listen on {address}")),
+    }
+}
+
+/// Waits until one host's daemons take connections.
+pub fn wait_until_listening(layout: &Layout, plan: &Plan, host: &Host, what: What, limit: Duration) -> anyhow::Result<()> {
+    let place = layout.host(&host.name);
+    let socket = Socket::new(place.socket(), ASK_LIMIT);
+    wait(limit, &format!("{} to answer", host.name), || {
+        must_live(&place, host, what)?;
+        let agent = what == What::Controller || connects(plan.agent(host));
+        let controller = what == What::Agent || (connects(plan.api(host)) && socket.is_served());
+        Ok(agent && controller)
+    })
+}
+
+/// Waits until the pool serves: a login works, every host takes clients, and the pool shows each enabled and live.
+pub fn wait_until_serving(layout: &Layout, plan: &Plan, limit: Duration) -> anyhow::Result<()> {
+    let wanted: BTreeSet<_> = plan.hosts.iter().map(|host| host.uuid.to_string()).collect();
+    let mut told = String::new();
+    let mut tell = |stage: String| {
+        if told != stage {
+            eprintln!("{stage}");
+            told = stage;
+        }
+    };
+    wait(limit, "the pool to serve", || {
+        for host in &plan.hosts {
+            must_live(&layout.host(&host.name), host, What::Host)?;
+        }
+        if let Some(host) = plan.hosts.iter().find(|host| !connects(plan.api(host))) {
+            tell(format!("waiting for {} to listen", host.name));
+            return Ok(false);
+        }
+        let Some(first) = plan.hosts.first() else { return Ok(true) };
+        let PoolView { master, serving } = match pool_view(&layout.host(&first.name).socket(), ASK_LIMIT) {
+            Ok(view) => view,
+            Err(error) => {
+                tell(format!("waiting for the pool: {error:#}"));
+                return Ok(false);
+            }
+        };
+        let serving: BTreeSet<_> = serving.into_iter().collect();
+        if let Some(host) = plan.hosts.iter().find(|host| !serving.contains(&host.uuid.to_string())) {
+            tell(format!("waiting for the pool to enable {}", host.name));
+            return Ok(false);
+        }
+        let ready = master.is_some_and(|master| wanted.contains(&master));
+        if ready {
+            tell(format!("the pool serves: {} hosts", plan.hosts.len()));
+        }
+        Ok(ready)
+    })
+}
+
+fn wait(limit: Duration, what: &str, mut done: impl FnMut() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    let deadline = Instant::now() + limit;
+    while !done()? {
+        if Instant::now() > deadline {
+            bail!("waited {} s for {what}, in vain; the logs are DIR/host*/{{controller,agent}}.log", limit.as_secs());
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+    Ok(())
+}
+
+fn connects(address: SocketAddr) -> bool {
+    TcpStream::connect_timeout(&address, CONNECT_LIMIT).is_ok()
+}
+
+/// A daemon that ended at once is told with the end of its log, rather than waited for.
+fn must_live(place: &HostLayout, host: &Host, what: What) -> anyhow::Result<()> {
+    if what != What::Controller && daemon(Daemon::Agent, &place.agent_config()).is_none() {
+        bail!("{}: the agent has ended. Its log ({}) ends so:\n{}", host.name, place.agent_log().display(), tail(&place.agent_log()));
+    }
+    if what != What::Agent && daemon(Daemon::Controller, &place.controller_config()).is_none() {
+        bail!("{}: the controller has ended. Its log ({}) ends so:\n{}", host.name, place.controller_log().display(), tail(&place.controller_log()));
+    }
+    Ok(())
+}
+
+fn tail(log: &Path) -> String {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = std::fs::File::open(log)?;
+        let length = file.metadata()?.len() as i64;
+        file.seek(SeekFrom::End(-LOG_TAIL.min(length)))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    read().map_or_else(|error| error.to_string(), |bytes| String::from_utf8_lossy(&bytes).trim_end().to_owned())
+}
