@@ -187,3 +187,13 @@ pub enum Driver {
     /// No process at all: an honest state machine.
     Sim,
 }
+
+impl Driver {
+    /// As configuration files and flags say it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Sim => "sim",
+        }
+    }
+}

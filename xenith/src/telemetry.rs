@@ -40,7 +40,13 @@ pub struct Telemetry {
 }
 
 /// Starts logging, and exporting spans where that is configured. Called once, inside the runtime.
-pub fn start(service: &'static str, host: &str, log: &Log, format: Option<LogFormat>, traces: &Traces) -> anyhow::Result<Telemetry> {
+pub fn start(
+    service: &'static str,
+    host: &str,
+    log: &Log,
+    format: Option<LogFormat>,
+    traces: &Traces,
+) -> anyhow::Result<Telemetry> {
     let spoken = std::env::var("XENITH_LOG").or_else(|_| std::env::var("RUST_LOG")).ok().or_else(|| log.filter.clone());
     let spoken = spoken.as_deref().unwrap_or(DEFAULT_FILTER);
     let filter = EnvFilter::try_new(spoken).with_context(|| format!("log filter {spoken:?}"))?;
@@ -54,7 +60,11 @@ pub fn start(service: &'static str, host: &str, log: &Log, format: Option<LogFor
     let spans = provider.as_ref().map(|provider| {
         tracing_opentelemetry::layer().with_tracer(provider.tracer("xenith")).with_filter(EnvFilter::new("info"))
     });
-    tracing_subscriber::registry().with(lines.with_filter(filter)).with(spans).try_init().context("logging was started twice")?;
+    tracing_subscriber::registry()
+        .with(lines.with_filter(filter))
+        .with(spans)
+        .try_init()
+        .context("logging was started twice")?;
     Ok(Telemetry { provider })
 }
 

@@ -1,31 +1,15 @@
 //! `agent.toml`: how a host's domains are run.
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
-use super::{Check, Fault, Log, Tls, Traces, fault};
-use crate::cli::Driver;
+use super::{Check, Fault, Log, Traces, fault, tls_files};
 
 /// The whole file.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 #[serde(deny_unknown_fields)]
 pub struct AgentConfig {
-    /// Uuid of this host, as the pool knows it.
-    pub host_uuid: Uuid,
-    /// Where the pool's master reaches this agent (mutual TLS).
-    pub listen: SocketAddr,
-    /// Where domains, their sockets and the ledger of operations are kept.
-    pub state_dir: PathBuf,
-    /// What runs the guests: `qemu` or `sim`.
-    pub driver: Driver,
-    /// Who this host is to the pool's master.
-    pub tls: Tls,
-    /// Memory for domains and the control domain together. Without it, what the machine has.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub memory_mib: Option<u64>,
+    /// The agent itself.
+    pub agent: member_agent::Config,
     /// Logs.
     #[serde(default)]
     pub log: Log,
@@ -36,9 +20,20 @@ pub struct AgentConfig {
 
 impl Check for AgentConfig {
     fn check(&self) -> Result<(), Fault> {
-        if self.memory_mib.is_some_and(|mib| mib < 64) {
-            return fault("memory_mib", "no guest fits into less than 64 MiB");
+        let agent = &self.agent;
+        if !matches!(agent.driver.as_str(), "auto" | "qemu" | "sim") {
+            return fault(
+                "agent.driver",
+                format_args!("there is no driver {:?}; there are qemu, sim and auto", agent.driver),
+            );
         }
-        self.tls.check()
+        if agent.memory_total_mib.is_some_and(|total| total <= agent.control_domain_memory_mib) {
+            return fault(
+                "agent.memory_total_mib",
+                "no guest would fit: it must exceed agent.control_domain_memory_mib",
+            );
+        }
+        let tls = &agent.tls;
+        tls_files("agent.tls", &tls.ca, &tls.certificate, &tls.key)
     }
 }

@@ -162,7 +162,10 @@ impl Check for ControllerConfig {
         self.tls.check()?;
         let Raft { heartbeat_ms, election_min_ms, election_max_ms } = self.raft;
         if heartbeat_ms == 0 || election_min_ms < heartbeat_ms * 2 {
-            return fault("raft.election_min_ms", "must be at least twice raft.heartbeat_ms, or one late heartbeat costs the master");
+            return fault(
+                "raft.election_min_ms",
+                "must be at least twice raft.heartbeat_ms, or one late heartbeat costs the master",
+            );
         }
         if election_max_ms <= election_min_ms {
             return fault("raft.election_max_ms", "must be greater than raft.election_min_ms, or votes split for ever");
@@ -176,7 +179,10 @@ impl Check for ControllerConfig {
             match self.this_member() {
                 None => return fault("members", format_args!("none has this host's node_id, {}", self.node_id)),
                 Some(me) if me.host_uuid != self.host_uuid => {
-                    return fault("members", format_args!("node_id {} has another host_uuid than this host", self.node_id));
+                    return fault(
+                        "members",
+                        format_args!("node_id {} has another host_uuid than this host", self.node_id),
+                    );
                 }
                 Some(_) => {}
             }

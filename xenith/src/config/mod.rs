@@ -67,8 +67,8 @@ pub trait Check {
 
 /// Reads and checks a configuration file.
 pub fn load<T: DeserializeOwned + Check>(path: &Path) -> Result<T, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
     let config: T = toml::from_str(&text)
         .map_err(|source| ConfigError::Malformed { path: path.to_owned(), source: Box::new(source) })?;
     config.check().map_err(|(key, reason)| ConfigError::Unworkable { path: path.to_owned(), key, reason })?;
@@ -88,14 +88,18 @@ pub struct Tls {
 }
 
 impl Tls {
-    pub(crate) fn check(&self) -> Result<(), Fault> {
-        for (key, path) in [("tls.ca", &self.ca), ("tls.certificate", &self.certificate), ("tls.key", &self.key)] {
-            if !path.is_file() {
-                return fault(key, format_args!("there is no file {}", path.display()));
-            }
-        }
-        Ok(())
+    fn check(&self) -> Result<(), Fault> {
+        tls_files("tls", &self.ca, &self.certificate, &self.key)
     }
+}
+
+fn tls_files(section: &str, ca: &Path, certificate: &Path, key: &Path) -> Result<(), Fault> {
+    for (name, path) in [("ca", ca), ("certificate", certificate), ("key", key)] {
+        if !path.is_file() {
+            return fault(format_args!("{section}.{name}"), format_args!("there is no file {}", path.display()));
+        }
+    }
+    Ok(())
 }
 
 /// `[log]`: what is written to standard error.

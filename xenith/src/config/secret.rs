@@ -13,7 +13,9 @@ pub fn root_password(file: Option<&Path>) -> Result<String, Error> {
         return std::env::var(ROOT_PASSWORD_VARIABLE).map_err(|_| {
             Error::new(
                 ErrorKind::NotFound,
-                format!("neither bootstrap.root_password_file nor the environment variable {ROOT_PASSWORD_VARIABLE} is set"),
+                format!(
+                    "neither bootstrap.root_password_file nor the environment variable {ROOT_PASSWORD_VARIABLE} is set"
+                ),
             )
         });
     };

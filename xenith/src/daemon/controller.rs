@@ -13,7 +13,13 @@ pub fn controller(flags: &Daemon) -> anyhow::Result<()> {
         return Ok(());
     }
     on_runtime(async {
-        let telemetry = telemetry::start("xenith-controller", &config.host_uuid.to_string(), &config.log, flags.log_format, &config.traces)?;
+        let telemetry = telemetry::start(
+            "xenith-controller",
+            &config.host_uuid.to_string(),
+            &config.log,
+            flags.log_format,
+            &config.traces,
+        )?;
         let ending = signals::until_told_to_end()?;
         let _listener = tokio::net::TcpListener::bind(config.api.listen[0]).await?;
         let _ = std::fs::remove_file(config.api.socket.as_ref().unwrap());

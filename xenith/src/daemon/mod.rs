@@ -15,7 +15,8 @@ pub use controller::controller;
 const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
 
 fn on_runtime(daemon: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     let outcome = runtime.block_on(daemon);
     runtime.shutdown_timeout(RUNTIME_LIMIT);
     outcome

@@ -5,21 +5,22 @@
 
 use std::path::Path;
 
-use anyhow::Context;
 use crate::pending::PoolAuthority;
+use anyhow::Context;
+use member_agent::{AcceleratorChoice, NicSource, TlsFiles};
 use serde::Serialize;
+use uuid::Uuid;
 
 use super::layout::{HostLayout, Layout, private_dir, private_file};
 use super::plan::{Host, Plan};
 use crate::cli::Driver;
-use crate::config::{
-    AgentConfig, Api, Bootstrap, ControllerConfig, Log, Member, Peers, Raft, Tls, Traces,
-};
+use crate::config::{AgentConfig, Api, Bootstrap, ControllerConfig, Log, Member, Peers, Raft, Tls, Traces};
 
 /// Memory of a lab host: room for a few dozen of the small guests that labs run.
 const QEMU_HOST_MIB: u64 = 4 * 1024;
 /// A simulated host has as much as a large real one.
 const SIM_HOST_MIB: u64 = 1024 * 1024;
+const CONTROL_DOMAIN_MIB: u64 = 512;
 
 /// Writes all of it.
 pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
@@ -59,22 +60,39 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
             traces: Traces::default(),
         };
         write_toml(&place.controller_config(), &controller)?;
+        if !place.boot_id().is_file() {
+            new_boot(&place)?;
+        }
         let agent = AgentConfig {
-            host_uuid: host.uuid,
-            listen: plan.agent(host),
-            state_dir: place.agent_state(),
-            driver: plan.driver,
-            tls,
-            memory_mib: Some(match plan.driver {
-                Driver::Qemu => QEMU_HOST_MIB,
-                Driver::Sim => SIM_HOST_MIB,
-            }),
+            agent: member_agent::Config {
+                host_uuid: host.uuid,
+                hostname: Some(host.name.clone()),
+                listen: plan.agent(host),
+                tls: TlsFiles { ca: tls.ca, certificate: tls.certificate, key: tls.key },
+                state_dir: place.agent_state(),
+                driver: plan.driver.name().into(),
+                pool: None,
+                memory_total_mib: Some(match plan.driver {
+                    Driver::Qemu => QEMU_HOST_MIB,
+                    Driver::Sim => SIM_HOST_MIB,
+                }),
+                control_domain_memory_mib: CONTROL_DOMAIN_MIB,
+                nics: NicSource::Sim,
+                qemu_binary: None,
+                accelerator: AcceleratorChoice::Auto,
+                boot_id_path: place.boot_id(),
+            },
             log: Log::default(),
             traces: Traces::default(),
         };
         write_toml(&place.agent_config(), &agent)?;
     }
     Ok(())
+}
+
+/// From now on it is another boot of this host: its agent forgets what a machine forgets when its power goes.
+pub fn new_boot(place: &HostLayout) -> anyhow::Result<()> {
+    private_file(&place.boot_id(), &format!("{}\n", Uuid::new_v4()))
 }
 
 fn member(plan: &Plan, host: &Host) -> Member {
@@ -90,7 +108,8 @@ fn member(plan: &Plan, host: &Host) -> Member {
 fn authority(layout: &Layout) -> anyhow::Result<PoolAuthority> {
     let (certificate, key) = (layout.ca().join("ca.pem"), layout.ca().join("ca.key"));
     if certificate.is_file() && key.is_file() {
-        let read = |path: &Path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+        let read =
+            |path: &Path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
         return PoolAuthority::load(&read(&certificate)?, &read(&key)?).context("the lab's CA is damaged");
     }
     private_dir(&layout.ca())?;

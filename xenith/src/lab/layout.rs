@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DIR/lab.json  DIR/lab.lock  DIR/root-password  DIR/ca/{ca.pem,ca.key}
-//! DIR/host1/{controller.toml,agent.toml,controller.log,agent.log,socket,controller/,agent/,tls/}
+//! DIR/host1/{controller.toml,agent.toml,controller.log,agent.log,boot-id,socket,controller/,agent/,tls/}
 //! ```
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -62,7 +62,9 @@ impl Layout {
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(file),
-                Err(TryLockError::WouldBlock) if Instant::now() < limit => std::thread::sleep(Duration::from_millis(20)),
+                Err(TryLockError::WouldBlock) if Instant::now() < limit => {
+                    std::thread::sleep(Duration::from_millis(20))
+                }
                 Err(TryLockError::WouldBlock) => {
                     bail!("another lab command has been at work in {} for over a minute", self.root.display())
                 }
@@ -139,6 +141,11 @@ impl HostLayout {
     /// The agent's state; every domain's command line names it.
     pub fn agent_state(&self) -> PathBuf {
         self.root.join("agent")
+    }
+
+    /// What tells one boot of the host from the next.
+    pub fn boot_id(&self) -> PathBuf {
+        self.root.join("boot-id")
     }
 
     /// Certificates and keys.

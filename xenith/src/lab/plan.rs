@@ -49,9 +49,12 @@ impl Plan {
         let base = flags.base.unwrap_or(Ipv4Addr::new(127, 0, 71, 1));
         let count = flags.hosts.unwrap_or(3);
         let hosts = (0..count).map(|position| {
-            let address = Ipv4Addr::from(u32::from(base).checked_add(position.into()).context("--base leaves no room")?);
+            let address =
+                Ipv4Addr::from(u32::from(base).checked_add(position.into()).context("--base leaves no room")?);
             if !address.is_loopback() {
-                bail!("{address} is no loopback address: --base must be 127.x.y.z with room for {count} hosts after it");
+                bail!(
+                    "{address} is no loopback address: --base must be 127.x.y.z with room for {count} hosts after it"
+                );
             }
             Ok(Host {
                 name: format!("host{}", position + 1),
@@ -100,8 +103,12 @@ impl Plan {
             }
         };
         compare("--hosts", flags.hosts.map(|count| count.to_string()), plan.hosts.len().to_string());
-        compare("--driver", flags.driver.map(|driver| format!("{driver:?}").to_lowercase()), format!("{:?}", plan.driver).to_lowercase());
-        compare("--base", flags.base.map(|base| base.to_string()), plan.hosts.first().map(|host| host.address.to_string()).unwrap_or_default());
+        compare("--driver", flags.driver.map(|driver| driver.name().into()), plan.driver.name().into());
+        compare(
+            "--base",
+            flags.base.map(|base| base.to_string()),
+            plan.hosts.first().map(|host| host.address.to_string()).unwrap_or_default(),
+        );
         compare("--port", flags.port.map(|port| port.to_string()), plan.port.to_string());
         if flags.password.as_ref().is_some_and(|asked| *asked != plan.password) {
             differences.push("--password is another".into());
@@ -166,9 +173,12 @@ mod tests {
         let made = Plan::load_or_make(&layout, &flags(dir.path(), &["--driver", "sim", "--hosts", "2"])).unwrap();
         let found = Plan::load_or_make(&layout, &flags(dir.path(), &[])).unwrap();
         assert_eq!(made, found);
-        let same = flags(dir.path(), &["--driver", "sim", "--hosts", "2", "--base", "127.0.71.1", "--password", "xenith"]);
+        let same =
+            flags(dir.path(), &["--driver", "sim", "--hosts", "2", "--base", "127.0.71.1", "--password", "xenith"]);
         assert_eq!(Plan::load_or_make(&layout, &same).unwrap(), made);
-        for other in [["--hosts", "3"], ["--driver", "qemu"], ["--base", "127.0.72.1"], ["--port", "9443"], ["--password", "x"]] {
+        for other in
+            [["--hosts", "3"], ["--driver", "qemu"], ["--base", "127.0.72.1"], ["--port", "9443"], ["--password", "x"]]
+        {
             let refusal = Plan::load_or_make(&layout, &flags(dir.path(), &other)).unwrap_err().to_string();
             assert!(refusal.contains(other[0]), "{refusal}");
         }

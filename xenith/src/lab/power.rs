@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 use rustix::process::Signal;
 
+use super::configs;
 use super::layout::{HostLayout, Layout};
 use super::plan::Plan;
 use super::process::{Daemon, Process, daemon, domains};
@@ -29,9 +30,7 @@ fn processes(place: &HostLayout, what: What) -> Vec<Process> {
     match what {
         What::Controller => controller(place).into_iter().collect(),
         What::Agent => agent(place).into_iter().collect(),
-        What::Host => {
-            controller(place).into_iter().chain(agent(place)).chain(domains(&place.agent_state())).collect()
-        }
+        What::Host => controller(place).into_iter().chain(agent(place)).chain(domains(&place.agent_state())).collect(),
     }
 }
 
@@ -44,7 +43,7 @@ pub fn signal(place: &HostLayout, what: What, signal: Signal) -> anyhow::Result<
     Ok(found)
 }
 
-/// SIGKILL, and gone when this returns. A host takes its domains with it, and what its agent remembers of this boot.
+/// SIGKILL, and gone when this returns. A host takes its domains with it, and starts a new boot.
 pub fn kill(place: &HostLayout, what: What) -> anyhow::Result<()> {
     let limit = Instant::now() + KILL_LIMIT;
     // A domain that the agent had just started is seen in the second round, when the agent can start no more.
@@ -60,13 +59,8 @@ pub fn kill(place: &HostLayout, what: What) -> anyhow::Result<()> {
         }
     }
     if what == What::Host {
-        power_cut(place)?;
+        configs::new_boot(place)?;
     }
-    Ok(())
-}
-
-/// What a machine forgets when its power goes: whatever the agent keeps of the running boot.
-fn power_cut(_place: &HostLayout) -> anyhow::Result<()> {
     Ok(())
 }
 

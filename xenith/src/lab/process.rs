@@ -59,8 +59,7 @@ pub fn domains(agent_state: &Path) -> Vec<Process> {
         let home = home.to_string_lossy();
         // The directory of a domain that is being destroyed may have gone before it.
         let home = Path::new(home.trim_end_matches(" (deleted)"));
-        home.parent() == Some(&homes)
-            && home.file_name().is_some_and(|vm| arguments.contains(&vm.as_encoded_bytes()))
+        home.parent() == Some(&homes) && home.file_name().is_some_and(|vm| arguments.contains(&vm.as_encoded_bytes()))
     })
 }
 

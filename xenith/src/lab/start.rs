@@ -68,7 +68,13 @@ fn must_be_free(address: SocketAddr) -> anyhow::Result<()> {
 }
 
 /// Waits until one host's daemons take connections.
-pub fn wait_until_listening(layout: &Layout, plan: &Plan, host: &Host, what: What, limit: Duration) -> anyhow::Result<()> {
+pub fn wait_until_listening(
+    layout: &Layout,
+    plan: &Plan,
+    host: &Host,
+    what: What,
+    limit: Duration,
+) -> anyhow::Result<()> {
     let place = layout.host(&host.name);
     let socket = Socket::new(place.socket(), ASK_LIMIT);
     wait(limit, &format!("{} to answer", host.name), || {
@@ -136,10 +142,20 @@ fn connects(address: SocketAddr) -> bool {
 /// A daemon that ended at once is told with the end of its log, rather than waited for.
 fn must_live(place: &HostLayout, host: &Host, what: What) -> anyhow::Result<()> {
     if what != What::Controller && daemon(Daemon::Agent, &place.agent_config()).is_none() {
-        bail!("{}: the agent has ended. Its log ({}) ends so:\n{}", host.name, place.agent_log().display(), tail(&place.agent_log()));
+        bail!(
+            "{}: the agent has ended. Its log ({}) ends so:\n{}",
+            host.name,
+            place.agent_log().display(),
+            tail(&place.agent_log())
+        );
     }
     if what != What::Agent && daemon(Daemon::Controller, &place.controller_config()).is_none() {
-        bail!("{}: the controller has ended. Its log ({}) ends so:\n{}", host.name, place.controller_log().display(), tail(&place.controller_log()));
+        bail!(
+            "{}: the controller has ended. Its log ({}) ends so:\n{}",
+            host.name,
+            place.controller_log().display(),
+            tail(&place.controller_log())
+        );
     }
     Ok(())
 }
