@@ -2,11 +2,24 @@
 
 mod apply;
 mod codec;
+mod disk;
+mod leadership;
+mod log;
+mod machine;
+mod peer;
+mod proposer;
+mod record;
 mod row;
 mod state;
+mod store;
 mod transaction;
+mod types;
 
 pub use codec::DecodeError;
+pub use disk::OpenError;
+pub use leadership::Leadership;
+pub use peer::PeerTls;
 pub use row::{LogIndex, Row};
 pub use state::{Change, ChangeKind, State};
+pub use store::{CommitError, Member, NotLeader, Store, StoreConfig};
 pub use transaction::{Conflict, NewRow, Transaction};

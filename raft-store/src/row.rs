@@ -10,6 +10,14 @@ use datamodel::{ClassId, ClassKind, Field, FieldValue, OpaqueRef, Ref, Value, en
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct LogIndex(pub u64);
 
+impl LogIndex {
+    /// The index after this one.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
 impl fmt::Display for LogIndex {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(out)

@@ -1,0 +1,14 @@
+//! One RocksDB, one writer.
+//!
+//! Votes, log entries, truncation, purge and rows all go through one thread with a bounded queue. It
+//! takes all that is waiting, writes it as one batch in the order it came, and syncs once if anything
+//! in it asked for that: group commit. The order is what Raft needs (a vote before the entries it
+//! allows; rows before the purge of the entries that made them), and the sync of a log entry carries
+//! every row written before it.
+
+mod open;
+mod writer;
+
+pub(crate) use open::{Column, Disk, RowLoader, STATE, Stored};
+pub use open::OpenError;
+pub(crate) use writer::{Flushed, Job, RowJob, Writer};

@@ -1,0 +1,123 @@
+//! Who leads, decided by proof and not by belief.
+//!
+//! A node calls itself leader once the entry by which it took office is applied, and only as long as a
+//! quorum has acknowledged it within the lease. The index of that entry is its epoch: it rises with
+//! every leader, so that an agent can refuse what an older one still sends.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::async_runtime::WatchReceiver as _;
+use openraft::async_runtime::instant::Instant as _;
+use openraft::type_config::alias::{InstantOf, WatchReceiverOf};
+use tokio::sync::watch;
+
+use crate::machine::Machine;
+use crate::row::LogIndex;
+use crate::store::{Member, leads};
+use crate::types::{Config, Raft};
+
+/// Who leads, as this node knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Leadership {
+    /// This node, by the entry at `epoch`; everything before it is applied.
+    Leader {
+        /// The index of the entry by which it took office.
+        epoch: LogIndex,
+    },
+    /// Another node.
+    Follower {
+        /// Which one.
+        leader: Member,
+    },
+    /// Nobody that this node knows of.
+    Electing,
+}
+
+type Metrics = WatchReceiverOf<Config, openraft::RaftMetrics<Config>>;
+
+/// The proof of leadership: when a quorum last acknowledged this node.
+#[derive(Clone)]
+pub(crate) struct Lease {
+    metrics: Metrics,
+    /// Followers refuse to vote for another node for this long after they heard from the leader.
+    length: Duration,
+}
+
+impl Lease {
+    pub(crate) fn new(raft: &Raft, length: Duration) -> Self {
+        Self { metrics: raft.metrics(), length }
+    }
+
+    /// Whether reads may be answered without asking anybody: with a quarter of the lease to spare.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.age().is_some_and(|age| age < self.length * 3 / 4)
+    }
+
+    /// Since when no quorum has acknowledged; none where this node does not lead.
+    fn age(&self) -> Option<Duration> {
+        let metrics = self.metrics.borrow_watched();
+        if !leads(metrics.state) {
+            return None;
+        }
+        if metrics.membership_config.membership().voter_ids().count() == 1 {
+            return Some(Duration::ZERO);
+        }
+        metrics.last_quorum_acked.map(|acked| InstantOf::<Config>::now().saturating_duration_since(*acked))
+    }
+
+    /// The other voter that has most of the log.
+    pub(crate) fn most_advanced_peer(&self, this: u64) -> Option<u64> {
+        let metrics = self.metrics.borrow_watched();
+        let replication = metrics.replication.as_ref()?;
+        let voters: Vec<u64> = metrics.membership_config.membership().voter_ids().collect();
+        replication
+            .iter()
+            .filter(|(id, _)| **id != this && voters.contains(id))
+            .max_by_key(|(_, matched)| matched.as_ref().map(|id| id.index()))
+            .map(|(id, _)| *id)
+    }
+}
+
+/// Publishes who leads, until the store ends.
+pub(crate) async fn follow(this: u64, raft: Raft, machine: Arc<Machine>, lease: Lease, publish: watch::Sender<Leadership>) {
+    let mut metrics = raft.metrics();
+    let mut office = machine.office.subscribe();
+    loop {
+        let now = judge(this, &metrics, &office, &lease);
+        publish.send_if_modified(|known| {
+            let changed = *known != now;
+            if changed {
+                tracing::info!(node = this, leadership = ?now, "leadership");
+                *known = now;
+            }
+            changed
+        });
+        tokio::select! {
+            changed = metrics.changed() => if changed.is_err() { return },
+            changed = office.changed() => if changed.is_err() { return },
+            // A lease ends by itself.
+            () = tokio::time::sleep(lease.length / 2) => {}
+        }
+    }
+}
+
+fn judge(this: u64, metrics: &Metrics, office: &watch::Receiver<(u64, LogIndex)>, lease: &Lease) -> Leadership {
+    // Nobody acknowledged yet is a leader's first moment; nobody for three leases is a leader cut off.
+    let cut_off = lease.age().is_some_and(|age| age > lease.length * 3);
+    let metrics = metrics.borrow_watched();
+    if leads(metrics.state) {
+        let (term, epoch) = *office.borrow();
+        if term == metrics.current_term && !cut_off {
+            return Leadership::Leader { epoch };
+        }
+        return Leadership::Electing;
+    }
+    match metrics.current_leader {
+        Some(id) if id != this => match metrics.membership_config.membership().get_node(&id) {
+            Some(node) => Leadership::Follower { leader: Member::new(id, node) },
+            None => Leadership::Electing,
+        },
+        _ => Leadership::Electing,
+    }
+}

@@ -1,0 +1,267 @@
+//! The calling side.
+
+use std::future::Future;
+use std::time::Duration;
+
+use futures::stream::BoxStream;
+use futures::{Stream, StreamExt};
+use openraft::base::BoxFuture;
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable};
+use openraft::network::{RPCOption, RPCTypes, RaftNetworkFactory};
+use openraft::network::v2::RaftNetworkV2;
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError, StreamAppendResult, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use openraft::{AnyError, OptionalSend};
+use proto::raft as wire;
+use proto::raft::raft_client::RaftClient;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use super::snapshot;
+use crate::disk::OpenError;
+use crate::machine::StateSnapshot;
+use crate::record;
+use crate::types::{Config, PeerNode, Snapshot, Vote};
+
+/// Every member's certificate is good for this name, whatever its address.
+pub(crate) const PEER_NAME: &str = "xenith-peer";
+const CONNECT_LIMIT: Duration = Duration::from_millis(500);
+const LARGEST_MESSAGE: usize = 64 << 20;
+
+/// What a member shows its peers, and what it asks them to show. PEM texts.
+#[derive(Clone)]
+pub struct PeerTls {
+    /// The pool's certificate authority.
+    pub ca: String,
+    /// This host's certificate.
+    pub certificate: String,
+    /// Its key.
+    pub key: String,
+}
+
+impl PeerTls {
+    /// The calling side's configuration.
+    #[must_use]
+    pub fn client(&self) -> ClientTlsConfig {
+        ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(&self.ca))
+            .identity(Identity::from_pem(&self.certificate, &self.key))
+            .domain_name(PEER_NAME)
+    }
+
+    /// The answering side's: it refuses who does not show a certificate of the pool.
+    #[must_use]
+    pub fn server(&self) -> tonic::transport::ServerTlsConfig {
+        tonic::transport::ServerTlsConfig::new()
+            .identity(Identity::from_pem(&self.certificate, &self.key))
+            .client_ca_root(Certificate::from_pem(&self.ca))
+    }
+
+    /// A channel to a member; it connects when it is first used and again whenever it must.
+    ///
+    /// # Errors
+    /// When the address or the certificates are unusable.
+    pub fn channel(&self, address: &str) -> Result<Channel, OpenError> {
+        let refuse = |error: tonic::transport::Error| OpenError::Certificates(format!("{address}: {error:?}"));
+        let endpoint = Endpoint::from_shared(format!("https://{address}")).map_err(refuse)?;
+        Ok(endpoint
+            .tls_config(self.client())
+            .map_err(refuse)?
+            .connect_timeout(CONNECT_LIMIT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(Duration::from_secs(2))
+            .keep_alive_timeout(Duration::from_secs(2))
+            .initial_stream_window_size(4 << 20)
+            .initial_connection_window_size(8 << 20)
+            .connect_lazy())
+    }
+}
+
+impl std::fmt::Debug for PeerTls {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str("PeerTls")
+    }
+}
+
+/// Makes the connections.
+pub(crate) struct PeerFactory {
+    pub(crate) tls: PeerTls,
+}
+
+impl RaftNetworkFactory<Config> for PeerFactory {
+    type Network = Peer;
+
+    async fn new_client(&mut self, target: u64, node: &PeerNode) -> Peer {
+        let channel = self.tls.channel(&node.peer_address);
+        if let Err(error) = &channel {
+            tracing::error!(target, address = node.peer_address, %error, "this peer cannot be called");
+        }
+        let client = channel.ok().map(|channel| {
+            RaftClient::new(channel).max_decoding_message_size(LARGEST_MESSAGE).max_encoding_message_size(LARGEST_MESSAGE)
+        });
+        Peer { target, client }
+    }
+}
+
+/// A connection to one peer.
+pub(crate) struct Peer {
+    target: u64,
+    client: Option<RaftClient<Channel>>,
+}
+
+type Rpc = RPCError<Config>;
+
+fn unreachable(text: &str) -> Rpc {
+    RPCError::Unreachable(Unreachable::new(&AnyError::error(text)))
+}
+
+fn failed(status: &tonic::Status) -> Rpc {
+    match status.code() {
+        tonic::Code::Unavailable | tonic::Code::DeadlineExceeded => unreachable(status.message()),
+        _ => RPCError::Network(NetworkError::new(&AnyError::error(status.to_string()))),
+    }
+}
+
+impl Peer {
+    fn client(&self) -> Result<RaftClient<Channel>, Rpc> {
+        self.client.clone().ok_or_else(|| unreachable("no channel"))
+    }
+
+    async fn limited<T>(
+        &self,
+        action: RPCTypes,
+        limit: Duration,
+        call: impl Future<Output = Result<T, tonic::Status>>,
+    ) -> Result<T, Rpc> {
+        match tokio::time::timeout(limit, call).await {
+            Ok(answer) => answer.map_err(|status| failed(&status)),
+            Err(_) => Err(RPCError::Timeout(Timeout { action, id: 0, target: self.target, timeout: limit })),
+        }
+    }
+
+    async fn ask(&self, rpc: VoteRequest<Config>, pre_vote: bool, limit: Duration) -> Result<VoteResponse<Config>, Rpc> {
+        let request = wire::VoteRequest {
+            vote: Some(record::vote_to_wire(&rpc.vote)),
+            last: rpc.last_log_id.as_ref().map(record::log_id_to_wire),
+            leadership_transfer: rpc.leadership_transfer,
+            pre_vote,
+        };
+        let mut client = self.client()?;
+        let reply = self.limited(RPCTypes::Vote, limit, client.vote(request)).await?.into_inner();
+        let vote = reply.vote.as_ref().map(record::vote).ok_or_else(|| unreachable("a reply without a vote"))?;
+        Ok(VoteResponse::new(vote, reply.last.as_ref().map(record::log_id), reply.granted))
+    }
+}
+
+fn append_to_wire(request: &AppendEntriesRequest<Config>) -> wire::AppendRequest {
+    wire::AppendRequest {
+        vote: Some(record::vote_to_wire(&request.vote)),
+        previous: request.prev_log_id.as_ref().map(record::log_id_to_wire),
+        entries: request.entries.iter().map(record::entry_to_wire).collect(),
+        leader_commit: request.leader_commit.as_ref().map(record::log_id_to_wire),
+    }
+}
+
+fn append_reply(reply: wire::AppendReply) -> Result<StreamAppendResult<Config>, Rpc> {
+    use wire::append_reply::Result as Reply;
+    match reply.result {
+        Some(Reply::Accepted(accepted)) => Ok(Ok(accepted.last.as_ref().map(record::log_id))),
+        Some(Reply::Conflict(id)) => Ok(Err(StreamAppendError::Conflict(record::log_id(&id)))),
+        Some(Reply::HigherVote(vote)) => Ok(Err(StreamAppendError::HigherVote(record::vote(&vote)))),
+        Some(Reply::Fatal(text)) => Err(unreachable(&text)),
+        None => Err(unreachable("an empty reply")),
+    }
+}
+
+impl RaftNetworkV2<Config> for Peer {
+    type SnapshotData = StateSnapshot;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<Config>,
+        option: RPCOption,
+    ) -> Result<AppendEntriesResponse<Config>, Rpc> {
+        let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
+        let mut client = self.client()?;
+        let request = futures::stream::iter([append_to_wire(&rpc)]);
+        let call = async move {
+            let mut replies = client.append(request).await?.into_inner();
+            replies.message().await?.ok_or_else(|| tonic::Status::unavailable("no reply"))
+        };
+        let reply = self.limited(RPCTypes::AppendEntries, option.hard_ttl(), call).await?;
+        Ok(match append_reply(reply)? {
+            Ok(accepted) if accepted == last => AppendEntriesResponse::Success,
+            Ok(accepted) => AppendEntriesResponse::PartialSuccess(accepted),
+            Err(StreamAppendError::Conflict(_)) => AppendEntriesResponse::Conflict,
+            Err(StreamAppendError::HigherVote(vote)) => AppendEntriesResponse::HigherVote(vote),
+        })
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<'s, Result<BoxStream<'s, Result<StreamAppendResult<Config>, Rpc>>, Rpc>>
+    where
+        S: Stream<Item = AppendEntriesRequest<Config>> + OptionalSend + Unpin + 'static,
+    {
+        Box::pin(async move {
+            let mut client = self.client()?;
+            let requests = input.map(|request| append_to_wire(&request));
+            // The head of the answer comes at once; how long each reply takes is openraft's to judge.
+            let limit = option.hard_ttl().max(CONNECT_LIMIT);
+            let replies = self.limited(RPCTypes::AppendEntries, limit, client.append(requests)).await?.into_inner();
+            let results = replies.map(|reply| reply.map_err(|status| failed(&status)).and_then(append_reply));
+            Ok(results.boxed())
+        })
+    }
+
+    async fn vote(&mut self, rpc: VoteRequest<Config>, option: RPCOption) -> Result<VoteResponse<Config>, Rpc> {
+        self.ask(rpc, false, option.hard_ttl()).await
+    }
+
+    async fn pre_vote(&mut self, rpc: VoteRequest<Config>, option: RPCOption) -> Result<VoteResponse<Config>, Rpc> {
+        self.ask(rpc, true, option.hard_ttl()).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<Config>, StreamingError<Config>> {
+        let mut client = self.client()?;
+        tracing::info!(target = self.target, index = snapshot.snapshot.0.applied.0, "sending a snapshot");
+        let frames = snapshot::frames(vote, snapshot);
+        let limit = option.hard_ttl().max(Duration::from_secs(120));
+        let send = self.limited(RPCTypes::InstallSnapshot, limit, client.install_snapshot(frames));
+        let reply = tokio::select! {
+            closed = cancel => return Err(StreamingError::Closed(closed)),
+            reply = send => reply?.into_inner(),
+        };
+        let vote = reply.vote.as_ref().map(record::vote).ok_or_else(|| unreachable("a reply without a vote"))?;
+        Ok(SnapshotResponse::new(vote))
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        request: TransferLeaderRequest<Config>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<Config>, Rpc> {
+        let mut client = self.client()?;
+        let message = wire::TransferRequest {
+            from: Some(record::vote_to_wire(request.from_leader())),
+            to: *request.to_node_id(),
+            last: request.last_log_id().map(record::log_id_to_wire),
+        };
+        let call = client.transfer_leader(message);
+        let reply = self.limited(RPCTypes::TransferLeader, option.hard_ttl().max(CONNECT_LIMIT), call).await?.into_inner();
+        if reply.refusal.is_empty() {
+            return Ok(Ok(()));
+        }
+        tracing::warn!(target = self.target, refusal = reply.refusal, "the peer does not take the lead");
+        Err(unreachable(&reply.refusal))
+    }
+}

@@ -1,0 +1,11 @@
+//! The peers: entries, votes and snapshots over gRPC with mutual TLS.
+//!
+//! Entries travel on one stream per peer, so that a request need not wait for the last one's answer.
+
+mod client;
+mod server;
+mod snapshot;
+
+pub(crate) use client::PeerFactory;
+pub use client::PeerTls;
+pub(crate) use server::PeerService;

@@ -1,0 +1,124 @@
+//! The answering side.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt};
+use openraft::raft::{AppendEntriesRequest, StreamAppendError, TransferLeaderRequest, VoteRequest};
+use proto::raft as wire;
+use proto::raft::raft_server::Raft as Service;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::snapshot::Assembly;
+use crate::codec::DecodeError;
+use crate::record;
+use crate::types::{Config, Raft, Vote};
+
+/// The Raft calls of this node. Before the node runs, every call is refused as unavailable.
+#[derive(Clone)]
+pub(crate) struct PeerService {
+    pub(crate) raft: Arc<std::sync::OnceLock<Raft>>,
+}
+
+impl PeerService {
+    #[allow(clippy::result_large_err)]
+    fn raft(&self) -> Result<Raft, Status> {
+        self.raft.get().cloned().ok_or_else(|| Status::unavailable("this node is starting"))
+    }
+}
+
+fn malformed(error: &DecodeError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+#[allow(clippy::result_large_err)]
+fn vote(ballot: Option<&wire::Ballot>) -> Result<Vote, Status> {
+    ballot.map(record::vote).ok_or_else(|| Status::invalid_argument("no vote"))
+}
+
+#[allow(clippy::result_large_err)]
+fn append_request(request: wire::AppendRequest) -> Result<AppendEntriesRequest<Config>, Status> {
+    Ok(AppendEntriesRequest {
+        vote: vote(request.vote.as_ref())?,
+        prev_log_id: request.previous.as_ref().map(record::log_id),
+        entries: request
+            .entries
+            .into_iter()
+            .map(record::entry)
+            .collect::<Result<_, _>>()
+            .map_err(|error| malformed(&error))?,
+        leader_commit: request.leader_commit.as_ref().map(record::log_id),
+    })
+}
+
+#[tonic::async_trait]
+impl Service for PeerService {
+    type AppendStream = Pin<Box<dyn Stream<Item = Result<wire::AppendReply, Status>> + Send>>;
+
+    async fn append(&self, request: Request<Streaming<wire::AppendRequest>>) -> Result<Response<Self::AppendStream>, Status> {
+        use wire::append_reply::Result as Reply;
+        let raft = self.raft()?;
+        // A request that cannot be read ends the stream: the leader starts another one.
+        let requests = request.into_inner().map(|request| request.and_then(append_request));
+        let requests = requests.take_while(|request| {
+            if let Err(status) = request {
+                tracing::debug!(%status, "a peer's stream of entries ends");
+            }
+            futures::future::ready(request.is_ok())
+        });
+        let requests = requests.filter_map(|request| futures::future::ready(request.ok()));
+        let replies = raft.stream_append(requests).map(|reply| {
+            let result = match reply {
+                Ok(Ok(last)) => Reply::Accepted(wire::Accepted { last: last.as_ref().map(record::log_id_to_wire) }),
+                Ok(Err(StreamAppendError::Conflict(id))) => Reply::Conflict(record::log_id_to_wire(&id)),
+                Ok(Err(StreamAppendError::HigherVote(vote))) => Reply::HigherVote(record::vote_to_wire(&vote)),
+                Err(fatal) => Reply::Fatal(fatal.to_string()),
+            };
+            Ok(wire::AppendReply { result: Some(result) })
+        });
+        Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn vote(&self, request: Request<wire::VoteRequest>) -> Result<Response<wire::VoteReply>, Status> {
+        let request = request.into_inner();
+        let raft = self.raft()?;
+        let rpc = VoteRequest {
+            vote: vote(request.vote.as_ref())?,
+            last_log_id: request.last.as_ref().map(record::log_id),
+            leadership_transfer: request.leadership_transfer,
+        };
+        let answer = if request.pre_vote { raft.pre_vote(rpc).await } else { raft.vote(rpc).await };
+        let reply = answer.map_err(|error| Status::unavailable(error.to_string()))?;
+        Ok(Response::new(wire::VoteReply {
+            vote: Some(record::vote_to_wire(&reply.vote)),
+            granted: reply.vote_granted,
+            last: reply.last_log_id.as_ref().map(record::log_id_to_wire),
+        }))
+    }
+
+    async fn transfer_leader(&self, request: Request<wire::TransferRequest>) -> Result<Response<wire::TransferReply>, Status> {
+        let request = request.into_inner();
+        let from = vote(request.from.as_ref())?;
+        let rpc = TransferLeaderRequest::new(from, request.to, request.last.as_ref().map(record::log_id));
+        let answer =
+            self.raft()?.handle_transfer_leader(rpc).await.map_err(|error| Status::unavailable(error.to_string()))?;
+        let refusal = answer.err().map(|error| error.to_string()).unwrap_or_default();
+        Ok(Response::new(wire::TransferReply { refusal }))
+    }
+
+    async fn install_snapshot(
+        &self,
+        request: Request<Streaming<wire::SnapshotFrame>>,
+    ) -> Result<Response<wire::SnapshotReply>, Status> {
+        let raft = self.raft()?;
+        let mut frames = request.into_inner();
+        let mut assembly = Assembly::default();
+        while let Some(frame) = frames.message().await? {
+            assembly.add(frame).map_err(|error| malformed(&error))?;
+        }
+        let (vote, snapshot) = assembly.finish().map_err(|error| malformed(&error))?;
+        tracing::info!(index = snapshot.snapshot.0.applied.0, "installing a snapshot");
+        let reply = raft.install_full_snapshot(vote, snapshot).await.map_err(|error| Status::unavailable(error.to_string()))?;
+        Ok(Response::new(wire::SnapshotReply { vote: Some(record::vote_to_wire(&reply.vote)) }))
+    }
+}

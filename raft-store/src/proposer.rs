@@ -1,0 +1,74 @@
+//! Many commits, few entries: transactions that wait together share an entry and its fsync.
+
+use std::sync::Arc;
+
+use openraft::impls::ProgressResponder;
+use openraft::errors::ClientWriteError;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use crate::codec::encode_batch;
+use crate::row::LogIndex;
+use crate::store::{CommitError, Member, NotLeader};
+use crate::transaction::Transaction;
+use crate::types::{Batch, Raft};
+
+/// A transaction on its way, and who waits for it.
+pub(crate) struct Proposal {
+    pub(crate) transaction: Transaction,
+    pub(crate) answer: oneshot::Sender<Result<LogIndex, CommitError>>,
+}
+
+/// Entries under way at once: enough to keep the disks busy, few enough that those who wait gather.
+const IN_FLIGHT: usize = 3;
+const LARGEST_BATCH: usize = 512;
+
+/// Ends when every handle of the store is gone, or is ended with the store.
+pub(crate) async fn run(raft: Raft, mut queue: mpsc::Receiver<Proposal>) {
+    let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
+    let mut tasks = tokio::task::JoinSet::new();
+    let mut waiting = Vec::with_capacity(LARGEST_BATCH);
+    loop {
+        let Ok(permit) = Arc::clone(&in_flight).acquire_owned().await else { return };
+        if queue.recv_many(&mut waiting, LARGEST_BATCH).await == 0 {
+            return;
+        }
+        while tasks.try_join_next().is_some() {}
+        let (transactions, answers): (Vec<_>, Vec<_>) =
+            waiting.drain(..).map(|proposal| (proposal.transaction, proposal.answer)).unzip();
+        let encoded = encode_batch(&transactions);
+        let batch = Batch { transactions: transactions.into(), encoded };
+        let (responder, completed) = ProgressResponder::complete_only();
+        let accepted = raft.client_write_ff(batch, Some(responder)).await;
+        if let Err(fatal) = accepted {
+            tracing::error!(%fatal, "consensus has stopped");
+            tell(answers, &CommitError::Unknown);
+            continue;
+        }
+        tasks.spawn(async move {
+            match completed.await {
+                Ok(Ok(response)) => {
+                    for (answer, outcome) in answers.into_iter().zip(response.data.0) {
+                        // Who asked may have gone away.
+                        let _ = answer.send(outcome.map_err(CommitError::Conflict));
+                    }
+                }
+                Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
+                    let leader = forward.leader_id.zip(forward.leader_node).map(|(id, node)| Member::new(id, &node));
+                    tell(answers, &CommitError::NotLeader(NotLeader { leader }));
+                }
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "an entry was discarded");
+                    tell(answers, &CommitError::Unknown);
+                }
+                Err(_) => tell(answers, &CommitError::Unknown),
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn tell(answers: Vec<oneshot::Sender<Result<LogIndex, CommitError>>>, error: &CommitError) {
+    for answer in answers {
+        let _ = answer.send(Err(error.clone()));
+    }
+}

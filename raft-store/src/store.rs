@@ -1,0 +1,408 @@
+//! The store's handle: commit, read, follow the log, change the members.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use openraft::async_runtime::WatchReceiver as _;
+use openraft::raft::ReadPolicy;
+use openraft::{ChangeMembers, ServerState, SnapshotPolicy};
+use proto::raft::raft_server::RaftServer;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+use crate::disk::{Disk, OpenError, Writer};
+use crate::leadership::{self, Leadership};
+use crate::log::LogStore;
+use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
+use crate::peer::{PeerFactory, PeerService, PeerTls};
+use crate::proposer::{self, Proposal};
+use crate::row::LogIndex;
+use crate::state::State;
+use crate::transaction::{Conflict, Transaction};
+use crate::types::{PeerNode, Raft};
+
+/// What a node needs to know to start.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// Where the database lives; made if missing.
+    pub dir: PathBuf,
+    /// This node. Never reused, not even for the same host after it left.
+    pub node_id: u64,
+    /// What peers are shown.
+    pub tls: PeerTls,
+    /// How often the leader says that it is there.
+    pub heartbeat: Duration,
+    /// A follower campaigns after the lease (the longer of the two) plus a random time between the two.
+    pub election: (Duration, Duration),
+    /// A snapshot is taken after so many entries.
+    pub snapshot_every: u64,
+    /// So many entries stay in the log behind a snapshot, for peers that are a little behind.
+    pub keep_entries: u64,
+    /// A commit whose fate is not known after this long is answered so.
+    pub commit_limit: Duration,
+}
+
+impl StoreConfig {
+    /// The defaults: fail-over in well under a second on a local network.
+    #[must_use]
+    pub fn new(dir: PathBuf, node_id: u64, tls: PeerTls) -> Self {
+        Self {
+            dir,
+            node_id,
+            tls,
+            heartbeat: Duration::from_millis(50),
+            election: (Duration::from_millis(110), Duration::from_millis(200)),
+            snapshot_every: 20_000,
+            keep_entries: 10_000,
+            commit_limit: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A node of the pool, as the others reach it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its id.
+    pub node_id: u64,
+    /// `ip:port` of its peer listener.
+    pub peer_address: String,
+    /// The address clients reach it by, without a port.
+    pub api_address: String,
+}
+
+impl Member {
+    pub(crate) fn new(node_id: u64, node: &PeerNode) -> Self {
+        Self { node_id, peer_address: node.peer_address.clone(), api_address: node.api_address.clone() }
+    }
+
+    fn node(&self) -> PeerNode {
+        PeerNode { peer_address: self.peer_address.clone(), api_address: self.api_address.clone() }
+    }
+}
+
+/// This node does not lead.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("this node does not lead")]
+pub struct NotLeader {
+    /// Who does, if that is known.
+    pub leader: Option<Member>,
+}
+
+/// Why a commit did not answer with an index.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommitError {
+    /// It had no effect: something it expected does not hold.
+    #[error("conflict: {0}")]
+    Conflict(#[from] Conflict),
+    /// It was not accepted and will never be applied.
+    #[error(transparent)]
+    NotLeader(#[from] NotLeader),
+    /// The lead was lost on the way: it may have been applied or not. The same transaction may be committed again.
+    #[error("the outcome is not known")]
+    Unknown,
+    /// The queue is full.
+    #[error("too many commits are waiting")]
+    Overloaded,
+}
+
+/// A member of the pool's replicated state.
+#[derive(Clone)]
+pub struct Store {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    node_id: u64,
+    raft: Raft,
+    service: PeerService,
+    machine: Arc<Machine>,
+    writer: Arc<Writer>,
+    proposals: mpsc::Sender<Proposal>,
+    leadership: watch::Receiver<Leadership>,
+    lease: leadership::Lease,
+    commit_limit: Duration,
+    tasks: parking_lot::Mutex<JoinSet<()>>,
+}
+
+const WAITING_COMMITS: usize = 8192;
+const READ_LIMIT: Duration = Duration::from_secs(2);
+
+impl Store {
+    /// Opens the database, brings the state back, and starts to follow or stand.
+    ///
+    /// # Errors
+    /// [`OpenError`]: the database is damaged or of a newer version, or the configuration contradicts itself.
+    pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
+        std::fs::create_dir_all(&config.dir).map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
+        let dir = config.dir.clone();
+        let consensus = |error: std::io::Error| OpenError::Consensus(error.to_string());
+        let (disk, stored) = tokio::task::spawn_blocking(move || {
+            let disk = Disk::open(&dir)?;
+            let stored = disk.load()?;
+            Ok::<_, OpenError>((disk, stored))
+        })
+        .await
+        .map_err(|error| OpenError::Consensus(error.to_string()))??;
+        let writer = Arc::new(Writer::start(disk.clone()).map_err(consensus)?);
+        let log = LogStore::open(disk, Arc::clone(&writer)).map_err(consensus)?;
+        let machine = Arc::new(Machine::new(stored, Arc::clone(&writer)));
+        let raft_config = Arc::new(raft_config(&config)?);
+        let network = PeerFactory { tls: config.tls.clone() };
+        let raft = Raft::new(config.node_id, raft_config, network, log, StateMachine(Arc::clone(&machine)))
+            .await
+            .map_err(|error| OpenError::Consensus(error.to_string()))?;
+        let service = PeerService { raft: Arc::new(OnceLock::new()) };
+        let _ = service.raft.set(raft.clone());
+
+        let mut tasks = JoinSet::new();
+        let lease = leadership::Lease::new(&raft, config.election.1);
+        let (leading, leadership) = watch::channel(Leadership::Electing);
+        tasks.spawn(leadership::follow(config.node_id, raft.clone(), Arc::clone(&machine), lease.clone(), leading));
+        let (proposals, queue) = mpsc::channel(WAITING_COMMITS);
+        tasks.spawn(proposer::run(raft.clone(), queue));
+        tasks.spawn(persist(Arc::clone(&machine)));
+        let commit_limit = config.commit_limit;
+        let shared = Shared {
+            node_id: config.node_id,
+            raft,
+            service,
+            machine,
+            writer,
+            proposals,
+            leadership,
+            lease,
+            commit_limit,
+            tasks: parking_lot::Mutex::new(tasks),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Founds a pool of these members; on exactly one node, once. Nothing happens where a pool is known already.
+    ///
+    /// # Errors
+    /// What openraft says against it.
+    pub async fn initialize(&self, members: &[Member]) -> Result<(), OpenError> {
+        if self.shared.raft.is_initialized().await.map_err(|error| OpenError::Consensus(error.to_string()))? {
+            return Ok(());
+        }
+        let nodes: BTreeMap<u64, PeerNode> = members.iter().map(|member| (member.node_id, member.node())).collect();
+        self.shared.raft.initialize(nodes).await.map_err(|error| OpenError::Consensus(error.to_string()))
+    }
+
+    /// The gRPC service that peers call; to be served with mutual TLS.
+    #[must_use]
+    pub fn service(&self) -> RaftServer<impl proto::raft::raft_server::Raft + Clone> {
+        RaftServer::new(self.shared.service.clone()).max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20)
+    }
+
+    /// This node's id.
+    #[must_use]
+    pub fn node_id(&self) -> u64 {
+        self.shared.node_id
+    }
+
+    /// The state as this node has it: consistent, perhaps behind.
+    #[must_use]
+    pub fn state(&self) -> Arc<State> {
+        self.shared.machine.state.load_full()
+    }
+
+    /// A state that holds every write acknowledged before this call, on the leader only.
+    ///
+    /// # Errors
+    /// [`NotLeader`] also where this node thinks it leads and cannot prove it in time.
+    pub async fn read(&self) -> Result<Arc<State>, NotLeader> {
+        let leading = matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. });
+        if leading && self.shared.lease.is_fresh() {
+            return Ok(self.state());
+        }
+        if !leading {
+            return Err(self.not_leader());
+        }
+        let proof = self.shared.raft.ensure_linearizable(ReadPolicy::ReadIndex);
+        match tokio::time::timeout(READ_LIMIT, proof).await {
+            Ok(Ok(_)) => Ok(self.state()),
+            Ok(Err(_)) | Err(_) => Err(self.not_leader()),
+        }
+    }
+
+    fn not_leader(&self) -> NotLeader {
+        match &*self.shared.leadership.borrow() {
+            Leadership::Follower { leader } => NotLeader { leader: Some(leader.clone()) },
+            _ => NotLeader { leader: None },
+        }
+    }
+
+    /// Commits a transaction: on the answer it is on the disks of a majority and in this node's state.
+    /// The same transaction may be committed again after [`CommitError::Unknown`]: it is applied once.
+    ///
+    /// # Errors
+    /// [`CommitError`].
+    pub async fn commit(&self, transaction: Transaction) -> Result<LogIndex, CommitError> {
+        if !matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. }) {
+            return Err(self.not_leader().into());
+        }
+        let (answer, outcome) = oneshot::channel();
+        self.shared.proposals.try_send(Proposal { transaction, answer }).map_err(|_| CommitError::Overloaded)?;
+        match tokio::time::timeout(self.shared.commit_limit, outcome).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) | Err(_) => Err(CommitError::Unknown),
+        }
+    }
+
+    /// The newest applied index; told after the state that holds it is there to be read.
+    #[must_use]
+    pub fn applied(&self) -> watch::Receiver<LogIndex> {
+        self.shared.machine.applied.subscribe()
+    }
+
+    /// Who leads.
+    #[must_use]
+    pub fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.shared.leadership.clone()
+    }
+
+    /// Every member, voters and learners.
+    #[must_use]
+    pub fn members(&self) -> Vec<Member> {
+        let metrics = self.shared.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().nodes().map(|(id, node)| Member::new(*id, node)).collect()
+    }
+
+    /// The members that vote.
+    #[must_use]
+    pub fn voters(&self) -> BTreeSet<u64> {
+        self.shared.raft.voter_ids().collect()
+    }
+
+    /// Adds a member that does not vote, and waits until it has caught up.
+    ///
+    /// # Errors
+    /// [`CommitError::Unknown`] with the reason in the log.
+    pub async fn add_learner(&self, member: &Member) -> Result<(), CommitError> {
+        self.change(self.shared.raft.add_learner(member.node_id, member.node(), true)).await
+    }
+
+    /// Lets a learner vote.
+    ///
+    /// # Errors
+    /// As [`add_learner`](Self::add_learner).
+    pub async fn promote(&self, node_id: u64) -> Result<(), CommitError> {
+        self.change(self.shared.raft.change_membership(ChangeMembers::AddVoterIds(BTreeSet::from([node_id])), true)).await
+    }
+
+    /// Removes a member.
+    ///
+    /// # Errors
+    /// As [`add_learner`](Self::add_learner).
+    pub async fn remove(&self, node_id: u64) -> Result<(), CommitError> {
+        let gone = BTreeSet::from([node_id]);
+        self.change(self.shared.raft.change_membership(ChangeMembers::RemoveVoters(gone.clone()), false)).await?;
+        self.change(self.shared.raft.change_membership(ChangeMembers::RemoveNodes(gone), false)).await
+    }
+
+    async fn change<T, E: std::fmt::Display>(&self, change: impl Future<Output = Result<T, E>>) -> Result<(), CommitError> {
+        match change.await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                tracing::warn!(%error, "the change of members failed");
+                Err(CommitError::Unknown)
+            }
+        }
+    }
+
+    /// Hands the lead to another voter and waits until this node has lost it.
+    ///
+    /// # Errors
+    /// [`NotLeader`] where this node does not lead, or still leads after two seconds.
+    pub async fn transfer_leader(&self, node_id: u64) -> Result<(), NotLeader> {
+        let mut leadership = self.leadership();
+        if !matches!(*leadership.borrow(), Leadership::Leader { .. }) {
+            return Err(self.not_leader());
+        }
+        if node_id == self.shared.node_id {
+            return Ok(());
+        }
+        let refused = self.shared.raft.trigger().transfer_leader(node_id).await;
+        if let Err(error) = refused {
+            tracing::warn!(%error, "the lead cannot be handed over");
+        }
+        let lost = leadership.wait_for(|leadership| !matches!(leadership, Leadership::Leader { .. }));
+        match tokio::time::timeout(READ_LIMIT, lost).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(self.not_leader()),
+        }
+    }
+
+    /// Ends at once, as a crash would: nothing is handed over, nothing more is written. For tests of what survives.
+    pub async fn abandon(self) {
+        if let Err(error) = self.shared.raft.shutdown().await {
+            tracing::debug!(%error, "consensus did not end cleanly");
+        }
+        let mut tasks = std::mem::take(&mut *self.shared.tasks.lock());
+        tasks.shutdown().await;
+        self.shared.writer.stop();
+    }
+
+    /// Ends: hands the lead over if it has it, writes what is not written, closes the database.
+    pub async fn shutdown(&self) {
+        if matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. })
+            && let Some(heir) = self.shared.lease.most_advanced_peer(self.shared.node_id)
+            && self.transfer_leader(heir).await.is_err()
+        {
+            tracing::warn!(heir, "the lead could not be handed over before the end");
+        }
+        if let Err(error) = self.shared.raft.shutdown().await {
+            tracing::warn!(%error, "consensus did not end cleanly");
+        }
+        let mut tasks = std::mem::take(&mut *self.shared.tasks.lock());
+        tasks.shutdown().await;
+        if let Err(error) = self.shared.machine.persist().await {
+            tracing::warn!(%error, "the last rows were not written; the log brings them back");
+        }
+        let writer = Arc::clone(&self.shared.writer);
+        if tokio::task::spawn_blocking(move || writer.stop()).await.is_err() {
+            tracing::warn!("the log writer did not end");
+        }
+    }
+}
+
+fn raft_config(config: &StoreConfig) -> Result<openraft::Config, OpenError> {
+    let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let raft = openraft::Config {
+        cluster_name: "xenith".into(),
+        heartbeat_interval: millis(config.heartbeat),
+        election_timeout_min: millis(config.election.0),
+        election_timeout_max: millis(config.election.1),
+        install_snapshot_timeout: 30_000,
+        send_snapshot_timeout: 120_000,
+        max_payload_entries: 512,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_every),
+        max_in_snapshot_log_to_keep: config.keep_entries,
+        purge_batch_size: 1000,
+        enable_pre_vote: Some(true),
+        // A restarted leader stands for election like everybody: its lease may be over.
+        enable_leader_restore: Some(false),
+        ..openraft::Config::default()
+    };
+    raft.validate().map_err(|error| OpenError::Timings(error.to_string()))
+}
+
+/// Writes rows behind the log's back, a little later and many at once.
+async fn persist(machine: Arc<Machine>) {
+    loop {
+        tokio::time::sleep(PERSIST_EVERY).await;
+        if let Err(error) = machine.persist().await {
+            tracing::error!(%error, "rows were not written; the log still has them");
+            return;
+        }
+    }
+}
+
+/// Whether a server state leads; kept here so that openraft's enum is spelled in one place.
+pub(crate) const fn leads(state: ServerState) -> bool {
+    matches!(state, ServerState::Leader)
+}

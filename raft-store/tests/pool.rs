@@ -1,0 +1,192 @@
+//! Three nodes over real TLS on loopback: what is acknowledged stays, whoever dies.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::time::{Duration, Instant};
+
+use datamodel::fields::network;
+use datamodel::{Network, Ref, Timestamp};
+use raft_store::{ChangeKind, CommitError, Leadership, LogIndex, Member, NewRow, PeerTls, Store, StoreConfig, Transaction};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+
+fn certificates() -> PeerTls {
+    let ca_key = KeyPair::generate().unwrap();
+    let mut ca = CertificateParams::new(vec![]).unwrap();
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca_certificate = ca.self_signed(&ca_key).unwrap();
+    let issuer = Issuer::new(ca, ca_key);
+    let key = KeyPair::generate().unwrap();
+    let certificate = CertificateParams::new(vec!["xenith-peer".into()]).unwrap().signed_by(&key, &issuer).unwrap();
+    PeerTls { ca: ca_certificate.pem(), certificate: certificate.pem(), key: key.serialize_pem() }
+}
+
+struct Node {
+    store: Store,
+    server: JoinHandle<()>,
+}
+
+struct Pool {
+    tls: PeerTls,
+    dirs: Vec<tempfile::TempDir>,
+    members: Vec<Member>,
+    nodes: Vec<Option<Node>>,
+}
+
+impl Pool {
+    async fn start(size: u64) -> Self {
+        let mut members = Vec::new();
+        for node_id in 1..=size {
+            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let peer_address = free.local_addr().unwrap().to_string();
+            members.push(Member { node_id, peer_address, api_address: format!("127.0.0.{node_id}") });
+        }
+        let dirs = members.iter().map(|_| tempfile::tempdir().unwrap()).collect();
+        let nodes = members.iter().map(|_| None).collect();
+        let mut pool = Self { tls: certificates(), dirs, members, nodes };
+        for index in 0..pool.members.len() {
+            pool.boot(index).await;
+        }
+        pool.nodes[0].as_ref().unwrap().store.initialize(&pool.members).await.unwrap();
+        pool
+    }
+
+    async fn boot(&mut self, index: usize) {
+        let member = &self.members[index];
+        let mut config = StoreConfig::new(self.dirs[index].path().into(), member.node_id, self.tls.clone());
+        config.snapshot_every = 300;
+        config.keep_entries = 100;
+        let store = Store::open(config).await.unwrap();
+        let service = store.service();
+        let address = member.peer_address.parse().unwrap();
+        let tls = self.tls.server();
+        let server = tokio::spawn(async move {
+            tonic::transport::Server::builder().tls_config(tls).unwrap().add_service(service).serve(address).await.unwrap();
+        });
+        self.nodes[index] = Some(Node { store, server });
+    }
+
+    /// Ends a node without any goodbye to its peers.
+    async fn kill(&mut self, index: usize) {
+        let node = self.nodes[index].take().unwrap();
+        node.server.abort();
+        let _ = node.server.await;
+        drop(node.store.abandon().await);
+    }
+
+    async fn leader(&self) -> usize {
+        let start = Instant::now();
+        loop {
+            for (index, node) in self.nodes.iter().enumerate() {
+                if let Some(node) = node
+                    && matches!(*node.store.leadership().borrow(), Leadership::Leader { .. })
+                {
+                    return index;
+                }
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "nobody leads");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn store(&self, index: usize) -> Store {
+        self.nodes[index].as_ref().unwrap().store.clone()
+    }
+}
+
+fn insert(label: &str) -> (Transaction, Ref<Network>) {
+    let reference = Ref::new(Uuid::new_v4());
+    let mut transaction = Transaction::new(Uuid::new_v4(), Timestamp(1_700_000_000));
+    transaction.insert(NewRow::new(reference, Uuid::new_v4()).with(network::NAME_LABEL, label.to_owned()));
+    (transaction, reference)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acknowledged_write_outlives_the_leader_and_a_restart_of_all() {
+    let mut pool = Pool::start(3).await;
+    let mut written = Vec::new();
+    for round in 0..3 {
+        let leader = pool.leader().await;
+        for number in 0..20 {
+            let (transaction, reference) = insert(&format!("round {round} number {number}"));
+            pool.store(leader).commit(transaction).await.unwrap();
+            written.push(reference);
+        }
+        let killed = Instant::now();
+        pool.kill(leader).await;
+        let successor = pool.leader().await;
+        assert_ne!(successor, leader);
+        assert!(killed.elapsed() < Duration::from_secs(3), "the lead was taken after {:?}", killed.elapsed());
+        let state = pool.store(successor).read().await.unwrap();
+        for reference in &written {
+            assert!(state.row(*reference).is_some(), "a write is lost");
+        }
+        pool.boot(leader).await;
+    }
+    for index in 0..3 {
+        pool.kill(index).await;
+    }
+    for index in 0..3 {
+        pool.boot(index).await;
+    }
+    let leader = pool.leader().await;
+    let state = pool.store(leader).read().await.unwrap();
+    assert_eq!(state.count(<Network as datamodel::ClassKind>::ID), written.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_log_was_purged_away_catches_up_by_snapshot() {
+    let mut pool = Pool::start(3).await;
+    let leader = pool.leader().await;
+    let away = (leader + 1) % 3;
+    pool.kill(away).await;
+    for number in 0..900 {
+        let (transaction, _) = insert(&format!("number {number}"));
+        pool.store(leader).commit(transaction).await.unwrap();
+    }
+    let target = pool.store(leader).state().applied;
+    pool.boot(away).await;
+    let mut applied = pool.store(away).applied();
+    tokio::time::timeout(Duration::from_secs(20), applied.wait_for(|index| *index >= target)).await.unwrap().unwrap();
+    assert_eq!(pool.store(away).state().count(<Network as datamodel::ClassKind>::ID), 900);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_collapse_and_conflicts_have_no_effect_and_a_repeated_transaction_is_applied_once() {
+    let pool = Pool::start(1).await;
+    let store = pool.store(pool.leader().await);
+    let token = store.state().applied;
+    let (transaction, kept) = insert("kept");
+    let first = store.commit(transaction.clone()).await.unwrap();
+    assert_eq!(store.commit(transaction).await, Ok(first));
+    let (transaction, short_lived) = insert("short-lived");
+    store.commit(transaction).await.unwrap();
+    let mut change = Transaction::new(Uuid::new_v4(), Timestamp(1_700_000_001));
+    change.set(kept, network::NAME_LABEL, "renamed".to_owned()).delete(short_lived);
+    store.commit(change).await.unwrap();
+    let state = store.read().await.unwrap();
+    let changes: Vec<_> = state.changes_since(token).collect();
+    assert_eq!(changes.len(), 1);
+    assert_eq!(changes[0].kind, ChangeKind::Added);
+    assert_eq!(changes[0].row.as_ref().unwrap().get(network::NAME_LABEL), "renamed");
+    assert_eq!(state.by_name_label(kept_class(), "renamed").len(), 1);
+    assert!(state.by_name_label(kept_class(), "kept").is_empty());
+
+    let mut stale = Transaction::new(Uuid::new_v4(), Timestamp(1_700_000_002));
+    stale.set(kept, network::NAME_LABEL, "lost".to_owned()).expect_unmodified(kept_class(), kept.opaque(), LogIndex(1));
+    assert!(matches!(store.commit(stale).await, Err(CommitError::Conflict(_))));
+    assert_eq!(store.state().row(kept).unwrap().get(network::NAME_LABEL), "renamed");
+}
+
+fn kept_class() -> datamodel::ClassId {
+    <Network as datamodel::ClassKind>::ID
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lead_moves_on_request() {
+    let pool = Pool::start(3).await;
+    let leader = pool.leader().await;
+    let heir = (leader + 1) % 3;
+    pool.store(leader).transfer_leader(pool.members[heir].node_id).await.unwrap();
+    assert_eq!(pool.leader().await, heir);
+}
