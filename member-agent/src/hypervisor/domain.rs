@@ -1,0 +1,375 @@
+//! What a domain is made of, the state it is in, and why a step on it is refused.
+//!
+//! These are the agent's own words, apart from the wire's: drivers are written against them, and they
+//! are what the agent keeps on disk. `wire.rs` translates.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use uuid::Uuid;
+
+/// One mebibyte in bytes.
+pub const MIB: u64 = 1024 * 1024;
+
+/// Everything a driver must know to build a domain.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DomainSpec {
+    /// The VM this domain is the running form of.
+    pub vm: Uuid,
+    /// For people: process lists and logs.
+    pub name: String,
+    /// Bytes; what the domain may ever have.
+    pub memory_static_max: u64,
+    /// Bytes; what it has now. 0 means `memory_static_max`.
+    pub memory_target: u64,
+    /// How many vCPUs can be plugged.
+    pub vcpus_max: u32,
+    /// How many vCPUs it begins with.
+    pub vcpus_at_startup: u32,
+    /// Kernel to boot directly; empty: the firmware boots.
+    pub kernel: String,
+    /// Initial ramdisk of that kernel.
+    pub ramdisk: String,
+    /// Command line of that kernel.
+    pub kernel_args: String,
+    /// `VM.platform`, as it is.
+    pub platform: BTreeMap<String, String>,
+    /// Log index of the decision to start.
+    pub generation: u64,
+    /// "bios" (or empty) or "uefi".
+    pub firmware: String,
+    /// Letters c (disk), d (CD) and n (network), first tried first.
+    pub boot_order: String,
+    /// Disks in the order of their devices.
+    pub disks: Vec<Disk>,
+    /// NICs in the order of their devices.
+    pub vifs: Vec<Vif>,
+    /// What becomes of the domain when the guest switches itself off.
+    pub on_shutdown: Action,
+    /// What becomes of it when the guest reboots.
+    pub on_reboot: Action,
+    /// What becomes of it when the guest panics.
+    pub on_crash: Action,
+}
+
+impl DomainSpec {
+    /// The bytes that this domain takes from its host: its target, in whole MiB. Until there is ballooning a
+    /// domain is as large as its target from its start to its end.
+    pub fn memory(&self) -> u64 {
+        let bytes = if self.memory_target > 0 {
+            self.memory_target
+        } else {
+            self.memory_static_max
+        };
+        bytes.div_ceil(MIB) * MIB
+    }
+
+    /// Whether a domain of this spec is the same machine as one of `other`, whatever the decision that started it.
+    pub fn same_machine(&self, other: &Self) -> bool {
+        *self
+            == Self {
+                generation: self.generation,
+                ..other.clone()
+            }
+    }
+}
+
+/// What follows when a guest ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// The domain goes.
+    #[default]
+    Destroy,
+    /// The domain begins anew.
+    Restart,
+}
+
+/// A disk of a domain.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Disk {
+    /// The VBD it stands for.
+    pub vbd: String,
+    /// The name the guest should see, such as "xvda".
+    pub device: String,
+    /// File or block device; empty for a CD drive without a disc.
+    pub path: String,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// A CD drive.
+    pub cdrom: bool,
+}
+
+/// A NIC of a domain.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Vif {
+    /// The VIF it stands for.
+    pub vif: String,
+    /// Its number.
+    pub device: String,
+    /// Its MAC address.
+    pub mac: String,
+    /// The bridge it belongs on.
+    pub bridge: String,
+    /// Its MTU; 0: the default.
+    pub mtu: u32,
+}
+
+/// Whether the vCPUs of a domain run, and how it went if it is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Power {
+    /// There is no domain.
+    Halted,
+    /// There is one, and it stands still.
+    Paused,
+    /// There is one, and it runs.
+    Running,
+    /// There is none any more, and nobody asked for that.
+    Crashed,
+}
+
+impl Power {
+    /// The word used in refusals and logs.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Halted => "halted",
+            Self::Paused => "paused",
+            Self::Running => "running",
+            Self::Crashed => "crashed",
+        }
+    }
+}
+
+/// A way to a domain's console, local to its host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Console {
+    /// "rfb" or "vt100".
+    pub protocol: String,
+    /// Such as "unix:/run/…".
+    pub location: String,
+}
+
+/// A domain as it is now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainState {
+    /// The VM.
+    pub vm: Uuid,
+    /// Its power.
+    pub power: Power,
+    /// Its number on this host; -1 when there is none.
+    pub domid: i64,
+    /// Bytes it holds.
+    pub memory_actual: u64,
+    /// Unix seconds of its start or last reboot.
+    pub start_time: u64,
+    /// The operation that brought it to this state; empty: it came by itself.
+    pub last_operation: String,
+    /// Why it went, for logs.
+    pub reason: String,
+    /// Its consoles.
+    pub consoles: Vec<Console>,
+    /// Log index of the decision that started it.
+    pub generation: u64,
+}
+
+impl DomainState {
+    /// The state of a VM without a domain.
+    pub fn halted(vm: Uuid, by: &str, reason: &str) -> Self {
+        Self {
+            vm,
+            power: Power::Halted,
+            domid: -1,
+            memory_actual: 0,
+            start_time: 0,
+            last_operation: by.to_owned(),
+            reason: reason.to_owned(),
+            consoles: Vec::new(),
+            generation: 0,
+        }
+    }
+
+    /// This domain's last state: it is gone.
+    pub fn gone(&self, power: Power, by: &str, reason: &str) -> Self {
+        Self {
+            power,
+            generation: self.generation,
+            ..Self::halted(self.vm, by, reason)
+        }
+    }
+}
+
+/// What a step does, without what it needs for it; with operation and VM it names the step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepKind {
+    /// Builds a domain.
+    Start,
+    /// Takes its power away.
+    Destroy,
+    /// Stops its vCPUs.
+    Pause,
+    /// Lets them run on.
+    Unpause,
+    /// Asks the guest to switch itself off.
+    Shutdown,
+    /// Begins the guest anew, asked or not.
+    Reboot,
+}
+
+impl StepKind {
+    /// Refuses the step for a domain in a state where it has no sense. The same for all drivers.
+    pub fn check(self, power: Power, clean: bool) -> Result<(), Refusal> {
+        let allowed = match self {
+            Self::Start => matches!(power, Power::Halted | Power::Crashed),
+            Self::Destroy => true,
+            Self::Pause | Self::Shutdown => power == Power::Running,
+            Self::Unpause => power == Power::Paused,
+            Self::Reboot => power == Power::Running || (!clean && power == Power::Paused),
+        };
+        if allowed {
+            Ok(())
+        } else {
+            Err(Refusal::new(Reason::BadState, power.word()))
+        }
+    }
+}
+
+/// How a reboot is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reboot {
+    /// The guest is asked first.
+    pub clean: bool,
+    /// How long it has to obey.
+    pub limit: Duration,
+    /// What the domain is made of anew; none: as it was.
+    pub spec: Option<DomainSpec>,
+}
+
+/// Why a step was not done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reason {
+    /// A newer master has spoken.
+    StaleEpoch,
+    /// There is no such domain.
+    NoSuchDomain,
+    /// There is one already.
+    DomainExists,
+    /// The host's memory is given away.
+    NotEnoughMemory,
+    /// Time was up.
+    TimedOut,
+    /// Not in the state it is in.
+    BadState,
+    /// The hypervisor would not build or begin it.
+    BootFailed,
+    /// The host belongs to another pool.
+    WrongPool,
+    /// This driver cannot do it.
+    Unsupported,
+    /// Anything else.
+    Failed,
+}
+
+/// A step that was refused or failed: the domain is as it was, or gone if it was being built.
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
+#[error("{reason:?}: {detail}")]
+pub struct Refusal {
+    /// Why.
+    pub reason: Reason,
+    /// In words.
+    pub detail: String,
+    /// Bytes wanted, for `NotEnoughMemory`.
+    #[serde(default)]
+    pub needed: u64,
+    /// Bytes there are, for `NotEnoughMemory`.
+    #[serde(default)]
+    pub available: u64,
+}
+
+impl Refusal {
+    /// A refusal with a reason and words.
+    pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
+        Self {
+            reason,
+            detail: detail.into(),
+            needed: 0,
+            available: 0,
+        }
+    }
+
+    /// No memory for `needed` bytes.
+    pub fn memory(needed: u64, available: u64) -> Self {
+        let detail = format!("{needed} bytes wanted, {available} free");
+        Self {
+            needed,
+            available,
+            ..Self::new(Reason::NotEnoughMemory, detail)
+        }
+    }
+
+    /// No domain for this VM.
+    pub fn no_such_domain(vm: Uuid) -> Self {
+        Self::new(Reason::NoSuchDomain, vm.to_string())
+    }
+
+    /// Something went wrong that the caller cannot mend.
+    pub fn failed(error: impl std::fmt::Display) -> Self {
+        Self::new(Reason::Failed, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_domain_takes_its_target_in_whole_mebibytes() {
+        let spec = DomainSpec {
+            memory_static_max: 100 * MIB,
+            ..DomainSpec::default()
+        };
+        assert_eq!(spec.memory(), 100 * MIB);
+        let spec = DomainSpec {
+            memory_target: 64 * MIB + 1,
+            ..spec
+        };
+        assert_eq!(spec.memory(), 65 * MIB);
+    }
+
+    #[test]
+    fn a_new_decision_alone_does_not_make_another_machine() {
+        let one = DomainSpec {
+            name: "a".into(),
+            generation: 1,
+            ..DomainSpec::default()
+        };
+        assert!(one.same_machine(&DomainSpec {
+            generation: 2,
+            ..one.clone()
+        }));
+        assert!(!one.same_machine(&DomainSpec {
+            vcpus_max: 2,
+            ..one.clone()
+        }));
+    }
+
+    #[test]
+    fn a_step_is_refused_with_the_state_that_forbids_it() {
+        let refusal = StepKind::Pause
+            .check(Power::Paused, false)
+            .expect_err("paused twice");
+        assert_eq!(
+            (refusal.reason, refusal.detail.as_str()),
+            (Reason::BadState, "paused")
+        );
+        assert!(StepKind::Reboot.check(Power::Paused, false).is_ok());
+        assert!(StepKind::Reboot.check(Power::Paused, true).is_err());
+    }
+}

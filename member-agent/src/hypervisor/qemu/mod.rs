@@ -1,0 +1,451 @@
+//! One QEMU process per domain, driven by QMP, on KVM where that works.
+//!
+//! The processes are nobody's children for long: they outlive the agent, which finds them again by the directory
+//! they work in. `launch` says what a spec means on the command line, `domain` owns a living one, `description` is
+//! what is kept about it, `process` notices its end, `qmp` talks to it, `probe` chooses the accelerator.
+
+mod description;
+mod domain;
+mod launch;
+mod probe;
+mod process;
+mod qmp;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::future::join_all;
+use serde_json::json;
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use super::domain::{DomainSpec, DomainState, Power, Reason, Reboot, Refusal, StepKind};
+use super::roster::{Reservation, Roster};
+use super::{DomainIds, Features, Hypervisor, OpenError, Site};
+use crate::config::{AcceleratorChoice, Config};
+use crate::facts::unix_seconds;
+use crate::files;
+use description::{Description, Phase};
+use domain::{Domain, Handles, Request, Shared};
+use launch::Accelerator;
+use process::Process;
+use qmp::{Event, Qmp};
+
+/// How long QEMU may take from its start to its first answer, on a machine that is busy.
+const LAUNCH: Duration = Duration::from_secs(30);
+/// How long a QEMU of a former agent may take to answer before the agent serves without it.
+const FIND: Duration = Duration::from_secs(2);
+/// The longest a step waits for a domain's task, beyond what the guest was given.
+const STEP: Duration = Duration::from_secs(30);
+
+/// The driver.
+#[derive(Debug)]
+pub struct Qemu {
+    binary: PathBuf,
+    version: String,
+    accelerator: Accelerator,
+    domains: PathBuf,
+    ids: DomainIds,
+    shared: Shared,
+}
+
+/// Whether there is a QEMU on this machine.
+pub(super) fn present(config: &Config) -> bool {
+    let binary = binary(config);
+    if binary.components().count() > 1 {
+        return binary.exists();
+    }
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(&binary).exists()))
+}
+
+fn binary(config: &Config) -> PathBuf {
+    config
+        .qemu_binary
+        .clone()
+        .unwrap_or_else(|| PathBuf::from("qemu-system-x86_64"))
+}
+
+impl Qemu {
+    /// Finds QEMU, its accelerator, and the domains of a former agent.
+    pub async fn open(site: Site) -> Result<Self, OpenError> {
+        let binary = binary(&site.config);
+        let version = version(&binary).await?;
+        let accelerator = match site.config.accelerator {
+            AcceleratorChoice::Kvm => Accelerator::Kvm,
+            AcceleratorChoice::Tcg => Accelerator::Tcg,
+            AcceleratorChoice::Auto => {
+                probe::accelerator(&binary, &version, &site.config.state_dir).await
+            }
+        };
+        let domains = site.config.state_dir.join("domains");
+        fs::create_dir_all(&domains)?;
+        let shared = Shared {
+            roster: Roster::new(site.capacity),
+            handles: Arc::new(Handles::default()),
+            tasks: site.tasks,
+            shutdown: site.shutdown,
+        };
+        let ids = DomainIds::open(&site.config.state_dir, &site.boot_id)?;
+        let driver = Self {
+            binary,
+            version,
+            accelerator,
+            domains: fs::canonicalize(domains)?,
+            ids,
+            shared,
+        };
+        driver.find_again().await?;
+        Ok(driver)
+    }
+
+    /// Takes in the domains that a former agent left, and clears away what is none.
+    async fn find_again(&self) -> io::Result<()> {
+        let mut living = process::living_in(&self.domains)?;
+        let mut found = Vec::new();
+        for entry in fs::read_dir(&self.domains)? {
+            let dir = entry?.path();
+            let pids = living.remove(&dir).unwrap_or_default();
+            match (Description::load(&dir), pids.as_slice()) {
+                (Ok(description), [pid]) if description.phase == Phase::Live => {
+                    found.push(self.take_in(description, dir.clone(), *pid));
+                }
+                (description, _) => {
+                    let why = description
+                        .map_or_else(|error| error.to_string(), |it| format!("{:?}", it.phase));
+                    tracing::info!(dir = %dir.display(), ?pids, why, "this is no domain any more");
+                    take_down(&pids).await;
+                    fs::remove_dir_all(&dir)?;
+                }
+            }
+        }
+        for (dir, pids) in living {
+            tracing::warn!(dir = %dir.display(), ?pids, "a QEMU without a directory is ended");
+            take_down(&pids).await;
+        }
+        for outcome in join_all(found).await {
+            outcome?;
+        }
+        Ok(())
+    }
+
+    async fn take_in(&self, description: Description, dir: PathBuf, pid: i32) -> io::Result<()> {
+        let state = description.state.clone();
+        let Ok(process) = Process::open(pid) else {
+            tracing::info!(vm = %state.vm, pid, "a domain ended while it was found");
+            return fs::remove_dir_all(&dir);
+        };
+        tracing::info!(vm = %state.vm, domid = state.domid, pid, "found a domain again");
+        let link = match Qmp::connect(&dir, FIND, &self.shared.tasks).await {
+            Ok(link) => Some(link),
+            Err(error) => {
+                tracing::warn!(vm = %state.vm, %error, "its QEMU does not listen yet");
+                None
+            }
+        };
+        let domain = Domain::new(description, &dir, process, None, link, self.shared.clone());
+        self.look_after(domain, || self.shared.roster.adopt(state));
+        Ok(())
+    }
+
+    /// Hands a domain to a task of its own. It is entered in the roster by `enter`: after there is a way to it, so
+    /// that who sees it can reach it, and before its task runs, so that nobody hears of its end first.
+    fn look_after(&self, domain: Domain, enter: impl FnOnce()) {
+        let (handle, mailbox) = mpsc::channel(16);
+        self.shared.handles.lock().insert(domain.vm(), handle);
+        enter();
+        self.shared.tasks.spawn(domain.run(mailbox));
+    }
+
+    async fn build(
+        &self,
+        spec: DomainSpec,
+        paused: bool,
+        by: &str,
+        reservation: Reservation,
+    ) -> Result<DomainState, Refusal> {
+        let dir = self.domains.join(spec.vm.to_string());
+        let built = self.build_in(&dir, spec, paused, by, &reservation).await;
+        match built {
+            Ok((description, process, child, link)) => {
+                let (state, pid) = (description.state.clone(), process.pid());
+                let domain = Domain::new(
+                    description,
+                    &dir,
+                    process,
+                    Some(child),
+                    Some(link),
+                    self.shared.clone(),
+                );
+                self.look_after(domain, || reservation.settle(state.clone()));
+                tracing::info!(vm = %state.vm, domid = state.domid, pid, "a domain is there");
+                Ok(state)
+            }
+            Err(refusal) => {
+                let _ = fs::remove_dir_all(&dir);
+                Err(refusal)
+            }
+        }
+    }
+
+    async fn build_in(
+        &self,
+        dir: &Path,
+        spec: DomainSpec,
+        paused: bool,
+        by: &str,
+        reservation: &Reservation,
+    ) -> Result<(Description, Process, Child, (Qmp, mpsc::Receiver<Event>)), Refusal> {
+        let domid = self.ids.next().map_err(Refusal::failed)?;
+        let _ = fs::remove_dir_all(dir);
+        fs::create_dir(dir).map_err(Refusal::failed)?;
+        let state = self.first_state(&spec, dir, domid, paused, by);
+        let arguments = launch::arguments(&spec, self.accelerator);
+        let mut description = Description::new(spec, state);
+        // Before there is a process, so that a successor that finds one knows it as half built.
+        description.save(dir).map_err(Refusal::failed)?;
+        let boot_failed = |what: String| Refusal::new(Reason::BootFailed, what);
+        let mut child = launch::spawn(&self.binary, dir, &arguments)
+            .map_err(|error| boot_failed(format!("{}: {error}", self.binary.display())))?;
+        let pid = child
+            .id()
+            .and_then(|pid| i32::try_from(pid).ok())
+            .ok_or_else(|| boot_failed("no process".into()))?;
+        let process = Process::open(pid).map_err(Refusal::failed)?;
+
+        let linked = tokio::select! {
+            link = self.switch_on(dir, paused) => link,
+            () = process.ended() => Err(boot_failed(said(dir))),
+            () = reservation.cancelled() => Err(Refusal::failed("destroyed while it was being built")),
+        };
+        let finished = linked.and_then(|link| {
+            description.phase = Phase::Live;
+            description.save(dir).map_err(Refusal::failed)?;
+            Ok(link)
+        });
+        match finished {
+            Ok(link) => Ok((description, process, child, link)),
+            Err(refusal) => {
+                process.kill();
+                let _ = timeout(STEP, child.wait()).await;
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Waits for QEMU to answer, and lets the vCPUs run.
+    async fn switch_on(
+        &self,
+        dir: &Path,
+        paused: bool,
+    ) -> Result<(Qmp, mpsc::Receiver<Event>), Refusal> {
+        let failed = |error: qmp::QmpError| {
+            Refusal::new(Reason::BootFailed, format!("{error}: {}", said(dir)))
+        };
+        let link = Qmp::connect(dir, LAUNCH, &self.shared.tasks)
+            .await
+            .map_err(failed)?;
+        if !paused {
+            link.0
+                .execute("cont", json!({}), LAUNCH)
+                .await
+                .map_err(failed)?;
+        }
+        Ok(link)
+    }
+
+    fn first_state(
+        &self,
+        spec: &DomainSpec,
+        dir: &Path,
+        domid: i64,
+        paused: bool,
+        by: &str,
+    ) -> DomainState {
+        let console = |protocol: &str, socket: &str| super::domain::Console {
+            protocol: protocol.to_owned(),
+            location: format!("unix:{}", dir.join(socket).display()),
+        };
+        DomainState {
+            vm: spec.vm,
+            power: if paused {
+                Power::Paused
+            } else {
+                Power::Running
+            },
+            domid,
+            memory_actual: spec.memory(),
+            start_time: unix_seconds(),
+            last_operation: by.to_owned(),
+            reason: String::new(),
+            consoles: vec![console("rfb", "vnc"), console("vt100", "console")],
+            generation: spec.generation,
+        }
+    }
+
+    /// Hands a request to the domain's task and waits for what comes of it.
+    async fn ask(
+        &self,
+        vm: Uuid,
+        kind: StepKind,
+        clean: bool,
+        limit: Duration,
+        by: &str,
+    ) -> Result<DomainState, Refusal> {
+        let handle = self
+            .shared
+            .handles
+            .lock()
+            .get(&vm)
+            .cloned()
+            .ok_or_else(|| Refusal::no_such_domain(vm))?;
+        let (answer, answered) = oneshot::channel();
+        let request = Request {
+            kind,
+            clean,
+            limit,
+            by: by.to_owned(),
+            answer,
+        };
+        // A task that has just ended takes no request: the domain is gone.
+        let late = |_| Refusal::new(Reason::TimedOut, "the domain's QEMU does not answer");
+        let sent = timeout(STEP, handle.send(request)).await.map_err(late)?;
+        sent.map_err(|_| Refusal::no_such_domain(vm))?;
+        let outcome = timeout(limit.saturating_add(STEP), answered)
+            .await
+            .map_err(late)?;
+        outcome.unwrap_or_else(|_| Err(Refusal::no_such_domain(vm)))
+    }
+}
+
+#[async_trait]
+impl Hypervisor for Qemu {
+    fn features(&self) -> Features {
+        Features {
+            name: "qemu",
+            version: self.version.clone(),
+            accelerator: self.accelerator.name(),
+            abilities: &["console:rfb", "console:vt100"],
+        }
+    }
+
+    fn roster(&self) -> &Arc<Roster> {
+        &self.shared.roster
+    }
+
+    async fn start(
+        &self,
+        spec: DomainSpec,
+        paused: bool,
+        by: &str,
+    ) -> Result<DomainState, Refusal> {
+        launch::check(&spec)?;
+        let reservation = self.shared.roster.reserve(spec.vm, spec.memory())?;
+        self.build(spec, paused, by, reservation).await
+    }
+
+    async fn destroy(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
+        self.shared.roster.cancel_building(vm, STEP).await?;
+        match self
+            .ask(vm, StepKind::Destroy, false, Duration::ZERO, by)
+            .await
+        {
+            Err(refusal) if refusal.reason == Reason::NoSuchDomain => {
+                Ok(DomainState::halted(vm, by, ""))
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn pause(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
+        self.ask(vm, StepKind::Pause, false, Duration::ZERO, by)
+            .await
+    }
+
+    async fn unpause(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
+        self.ask(vm, StepKind::Unpause, false, Duration::ZERO, by)
+            .await
+    }
+
+    async fn shutdown(&self, vm: Uuid, limit: Duration, by: &str) -> Result<DomainState, Refusal> {
+        self.ask(vm, StepKind::Shutdown, true, limit, by).await
+    }
+
+    async fn reboot(&self, vm: Uuid, reboot: Reboot, by: &str) -> Result<DomainState, Refusal> {
+        let running = Description::load(&self.domains.join(vm.to_string()))
+            .ok()
+            .map(|kept| kept.spec);
+        match reboot.spec {
+            // Another machine: the old one goes as asked, then the new one is built.
+            Some(spec) if running.is_some_and(|running| !running.same_machine(&spec)) => {
+                launch::check(&spec)?;
+                if reboot.clean {
+                    self.shutdown(vm, reboot.limit, by).await?;
+                } else {
+                    self.destroy(vm, by).await?;
+                }
+                self.start(spec, false, by).await
+            }
+            _ => {
+                self.ask(vm, StepKind::Reboot, reboot.clean, reboot.limit, by)
+                    .await
+            }
+        }
+    }
+}
+
+/// What QEMU wrote before it ended.
+fn said(dir: &Path) -> String {
+    let said = files::tail(&dir.join("qemu.log"), 2000);
+    if said.is_empty() {
+        "QEMU ended without a word".to_owned()
+    } else {
+        said
+    }
+}
+
+/// Ends processes that are no domains, and waits a moment for their end.
+async fn take_down(pids: &[i32]) {
+    for pid in pids {
+        match Process::open(*pid) {
+            Ok(process) => {
+                process.kill();
+                if timeout(FIND, process.ended()).await.is_err() {
+                    tracing::error!(pid, "a QEMU does not end");
+                }
+            }
+            Err(error) => tracing::debug!(pid, %error, "a QEMU has ended by itself"),
+        }
+    }
+}
+
+/// Asks QEMU for its version: "7.2.22".
+async fn version(binary: &Path) -> Result<String, OpenError> {
+    let failed = |why: String| OpenError::Program {
+        program: binary.display().to_string(),
+        why,
+    };
+    let call = Command::new(binary)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let output = timeout(LAUNCH, call)
+        .await
+        .map_err(|_| failed("no answer".into()))?;
+    let output = output.map_err(|error| failed(error.to_string()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = text
+        .split_once("version ")
+        .and_then(|(_, rest)| rest.split_whitespace().next());
+    version
+        .map(str::to_owned)
+        .ok_or_else(|| failed(String::from_utf8_lossy(&output.stderr).into_owned()))
+}

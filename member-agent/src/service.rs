@@ -1,0 +1,171 @@
+//! The agent's calls, as the master makes them.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use proto::agent as wire;
+use proto::agent::agent_event::Event;
+use proto::agent::agent_server::Agent as AgentCalls;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status};
+
+use crate::config::Config;
+use crate::facts::Host;
+use crate::hypervisor::Hypervisor;
+use crate::hypervisor::domain::Refusal;
+use crate::hypervisor::roster::Feed;
+use crate::steps::{Authority, StepError, Steps};
+use crate::wire as words;
+
+/// The version of the protocol this agent speaks.
+const VERSION: u32 = 1;
+/// A watcher hears at least this often.
+const BEAT: Duration = Duration::from_millis(500);
+
+/// Serves the master.
+pub(crate) struct Service {
+    pub config: Config,
+    pub host: Host,
+    pub hypervisor: Arc<dyn Hypervisor>,
+    pub steps: Arc<Steps>,
+    pub tasks: TaskTracker,
+    pub shutdown: CancellationToken,
+}
+
+impl Service {
+    async fn admit(&self, pool: String, epoch: u64) -> Result<(), Status> {
+        let admitted = self
+            .steps
+            .admit(&Authority { pool, epoch })
+            .await
+            .map_err(unavailable)?;
+        // These calls have no place for a refusal: the status says it, and names the epoch that is held.
+        admitted.map_err(|Refusal { reason, detail, .. }| {
+            let mut status = Status::failed_precondition(format!("{reason:?}: {detail}"));
+            if let (Ok(reason), Ok(detail)) = (format!("{reason:?}").parse(), detail.parse()) {
+                status.metadata_mut().insert("refusal", reason);
+                status.metadata_mut().insert("detail", detail);
+            }
+            status
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl AgentCalls for Service {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::AgentEvent, Status>> + Send>>;
+
+    async fn hello(
+        &self,
+        request: Request<wire::HelloRequest>,
+    ) -> Result<Response<wire::HelloReply>, Status> {
+        let hello = request.into_inner();
+        self.admit(hello.pool, hello.epoch).await?;
+        let features = self.hypervisor.features();
+        let mut names = vec![format!("hypervisor:{}", features.name)];
+        names.extend(
+            features
+                .abilities
+                .iter()
+                .map(|ability| (*ability).to_owned()),
+        );
+        Ok(Response::new(wire::HelloReply {
+            version: VERSION,
+            host: self.config.host_uuid.to_string(),
+            facts: Some(self.host.facts(
+                &self.config,
+                &features,
+                self.hypervisor.roster().memory(),
+            )),
+            features: names,
+        }))
+    }
+
+    async fn perform(
+        &self,
+        request: Request<wire::Step>,
+    ) -> Result<Response<wire::Outcome>, Status> {
+        let step = request.into_inner();
+        if step.operation.is_empty() {
+            return Err(Status::invalid_argument(
+                "a step needs the id of its operation",
+            ));
+        }
+        let vm = words::vm(&step.vm)?;
+        let deed = words::deed(vm, step.action)?;
+        let authority = Authority {
+            pool: step.pool,
+            epoch: step.epoch,
+        };
+        let outcome = self
+            .steps
+            .perform(&authority, step.operation, vm, deed)
+            .await
+            .map_err(unavailable)?;
+        Ok(Response::new(words::outcome(outcome)))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<wire::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let watch = request.into_inner();
+        self.admit(watch.pool, watch.epoch).await?;
+        let (events, stream) = mpsc::channel(64);
+        self.tasks.spawn(tell(
+            Arc::clone(&self.hypervisor),
+            events,
+            self.shutdown.clone(),
+        ));
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+/// Tells one watcher everything, then what changes. One that cannot keep up is told everything anew.
+async fn tell(
+    hypervisor: Arc<dyn Hypervisor>,
+    events: mpsc::Sender<Result<wire::AgentEvent, Status>>,
+    shutdown: CancellationToken,
+) {
+    let mut beat = interval(BEAT);
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let Feed { all, mut changes } = hypervisor.roster().feed();
+        let domains = all.into_iter().map(words::state_of).collect();
+        let mut event = Event::All(wire::DomainList { domains });
+        loop {
+            let sent = events.send(Ok(wire::AgentEvent { event: Some(event) }));
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                sent = sent => if sent.is_err() { return },
+            }
+            event = tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = events.closed() => return,
+                change = changes.recv() => match change {
+                    Ok(state) => Event::Domain(words::state_of(state)),
+                    Err(RecvError::Lagged(missed)) => {
+                        tracing::debug!(missed, "a watcher is told everything anew");
+                        break;
+                    }
+                    Err(RecvError::Closed) => return,
+                },
+                _ = beat.tick() => {
+                    let memory = hypervisor.roster().memory();
+                    Event::Beat(wire::Beat { memory_free: memory.free, memory_total: memory.capacity })
+                }
+            };
+        }
+    }
+}
+
+fn unavailable(error: StepError) -> Status {
+    Status::unavailable(error.to_string())
+}

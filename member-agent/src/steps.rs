@@ -1,0 +1,205 @@
+//! A step is fenced by its epoch, and done at most once.
+//!
+//! The name of a step is (operation, VM, kind). The first time it comes it is noted, done by a task of its own, so
+//! that a master that goes away does not leave it half done, and its outcome is kept. Whoever repeats it waits for,
+//! or gets, the same outcome. A step that a former agent began and did not conclude is done again, and then the
+//! domain itself tells what had been done before.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::hypervisor::Hypervisor;
+use crate::hypervisor::domain::{DomainState, Reason, Refusal};
+use crate::ledger::{Ledger, Outcome, Past, StepKey};
+use crate::wire::Deed;
+
+/// A step could be neither done nor refused: it may be repeated.
+#[derive(Debug, Error)]
+pub(crate) enum StepError {
+    /// The ledger cannot be written, so nothing may be done.
+    #[error("the agent cannot write its ledger")]
+    Ledger(#[from] io::Error),
+    /// The agent is on its way out.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+/// What a master says of itself with each step.
+#[derive(Debug, Clone)]
+pub(crate) struct Authority {
+    pub pool: String,
+    pub epoch: u64,
+}
+
+/// Does steps.
+pub(crate) struct Steps {
+    hypervisor: Arc<dyn Hypervisor>,
+    ledger: Ledger,
+    pool: Option<Uuid>,
+    running: Mutex<HashMap<StepKey, watch::Receiver<Option<Outcome>>>>,
+    tasks: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+impl Steps {
+    /// Steps on a hypervisor, for one pool or for any.
+    pub fn new(
+        hypervisor: Arc<dyn Hypervisor>,
+        ledger: Ledger,
+        pool: Option<Uuid>,
+        tasks: TaskTracker,
+        shutdown: CancellationToken,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            hypervisor,
+            ledger,
+            pool,
+            running: Mutex::default(),
+            tasks,
+            shutdown,
+        })
+    }
+
+    /// Refuses a master that is not this pool's newest.
+    pub async fn admit(&self, authority: &Authority) -> Result<Result<(), Refusal>, StepError> {
+        let Authority { pool, epoch } = authority;
+        if self.pool.is_some_and(|mine| pool.parse() != Ok(mine)) {
+            return Ok(Err(Refusal::new(
+                Reason::WrongPool,
+                "this host belongs to another pool",
+            )));
+        }
+        let admitted = self.ledger.admit(pool, *epoch).await?;
+        Ok(admitted.map_err(|held| {
+            tracing::warn!(pool, epoch, held, "a deposed master is refused");
+            Refusal::new(Reason::StaleEpoch, held.to_string())
+        }))
+    }
+
+    /// Does a step, or answers with what came of it before.
+    pub async fn perform(
+        self: &Arc<Self>,
+        authority: &Authority,
+        operation: String,
+        vm: Uuid,
+        deed: Deed,
+    ) -> Result<Outcome, StepError> {
+        if let Err(refusal) = self.admit(authority).await? {
+            return Ok(Err(refusal));
+        }
+        let step = StepKey {
+            operation,
+            vm,
+            kind: deed.kind(),
+        };
+        let mut outcome = match self.begin_or_join(&step, deed) {
+            Ok(known) => return Ok(known),
+            Err(running) => running,
+        };
+        // The step's own limits end this wait; a sender that is gone without a word was stopped with the agent.
+        let known = outcome
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|_| StepError::Stopping)?;
+        known.clone().ok_or(StepError::Stopping)
+    }
+
+    /// What came of it, or where that will be told.
+    fn begin_or_join(
+        self: &Arc<Self>,
+        step: &StepKey,
+        deed: Deed,
+    ) -> Result<Outcome, watch::Receiver<Option<Outcome>>> {
+        let mut running = self.running.lock();
+        if let Some(running) = running.get(step) {
+            return Err(running.clone());
+        }
+        let past = self.ledger.past(step);
+        if let Some(Past::Done(outcome)) = past {
+            return Ok(outcome);
+        }
+        let (tell, told) = watch::channel(None);
+        running.insert(step.clone(), told.clone());
+        let (steps, step) = (Arc::clone(self), step.clone());
+        self.tasks.spawn(async move {
+            let done = steps.begin_and_conclude(&step, deed, past.is_some());
+            let outcome = tokio::select! {
+                outcome = done => outcome.map_err(StepError::from),
+                () = steps.shutdown.cancelled() => Err(StepError::Stopping),
+            };
+            match outcome {
+                Ok(outcome) => drop(tell.send_replace(Some(outcome))),
+                Err(error) => tracing::warn!(?step, %error, "a step is left without outcome"),
+            }
+            steps.running.lock().remove(&step);
+        });
+        Err(told)
+    }
+
+    async fn begin_and_conclude(
+        &self,
+        step: &StepKey,
+        deed: Deed,
+        again: bool,
+    ) -> io::Result<Outcome> {
+        self.ledger.begin(step).await?;
+        tracing::info!(operation = step.operation, vm = %step.vm, kind = ?step.kind, again, "step begins");
+        let spec = match &deed {
+            Deed::Reboot(reboot) => reboot.spec.clone(),
+            _ => None,
+        };
+        let mut outcome = self.carry_out(step, deed).await;
+        if again && let Err(refusal) = &outcome {
+            let refusal = refusal.clone();
+            outcome = match (refusal.reason, spec) {
+                // Between going and coming again the agent died.
+                (Reason::NoSuchDomain, Some(spec)) => {
+                    self.hypervisor.start(spec, false, &step.operation).await
+                }
+                _ => self.what_it_did(step).ok_or(refusal),
+            };
+        }
+        if let Err(refusal) = &outcome {
+            tracing::warn!(operation = step.operation, vm = %step.vm, kind = ?step.kind, %refusal, "step refused");
+        }
+        self.ledger.conclude(step, &outcome).await?;
+        Ok(outcome)
+    }
+
+    async fn carry_out(&self, step: &StepKey, deed: Deed) -> Outcome {
+        let (vm, by) = (step.vm, step.operation.as_str());
+        match deed {
+            Deed::Start { spec, paused } => self.hypervisor.start(*spec, paused, by).await,
+            Deed::Destroy => self.hypervisor.destroy(vm, by).await,
+            Deed::Pause => self.hypervisor.pause(vm, by).await,
+            Deed::Unpause => self.hypervisor.unpause(vm, by).await,
+            Deed::Shutdown { limit } => self.hypervisor.shutdown(vm, limit, by).await,
+            Deed::Reboot(reboot) => self.hypervisor.reboot(vm, *reboot, by).await,
+        }
+    }
+
+    /// The effect of a step that was begun by a former agent, if the domain shows it.
+    fn what_it_did(&self, step: &StepKey) -> Option<DomainState> {
+        use crate::hypervisor::domain::StepKind;
+        let now = self.hypervisor.roster().get(step.vm);
+        match step.kind {
+            StepKind::Shutdown if now.is_none() => Some(DomainState::halted(
+                step.vm,
+                &step.operation,
+                "guest-shutdown",
+            )),
+            StepKind::Start | StepKind::Pause | StepKind::Unpause => {
+                now.filter(|domain| domain.last_operation == step.operation)
+            }
+            _ => None,
+        }
+    }
+}

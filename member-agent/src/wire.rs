@@ -1,0 +1,241 @@
+//! Between the wire's words and the agent's own.
+//!
+//! What a master leaves out has a meaning here; what it says wrongly is its error, told as `InvalidArgument`.
+
+use std::time::Duration;
+
+use proto::agent as wire;
+use tonic::Status;
+use uuid::Uuid;
+
+use crate::hypervisor::domain::{
+    Action, Console, Disk, DomainSpec, DomainState, Power, Reason, Reboot, Refusal, StepKind, Vif,
+};
+
+/// How long a guest has to obey when the master does not say: as long as XenAPI allows a clean shutdown.
+const PATIENCE: Duration = Duration::from_secs(1200);
+
+/// What a step does, with all it needs.
+#[derive(Debug, Clone)]
+pub(crate) enum Deed {
+    Start { spec: Box<DomainSpec>, paused: bool },
+    Destroy,
+    Pause,
+    Unpause,
+    Shutdown { limit: Duration },
+    Reboot(Box<Reboot>),
+}
+
+impl Deed {
+    /// Its kind.
+    pub fn kind(&self) -> StepKind {
+        match self {
+            Self::Start { .. } => StepKind::Start,
+            Self::Destroy => StepKind::Destroy,
+            Self::Pause => StepKind::Pause,
+            Self::Unpause => StepKind::Unpause,
+            Self::Shutdown { .. } => StepKind::Shutdown,
+            Self::Reboot(_) => StepKind::Reboot,
+        }
+    }
+}
+
+/// A VM's uuid.
+pub(crate) fn vm(text: &str) -> Result<Uuid, Status> {
+    text.parse()
+        .map_err(|_| Status::invalid_argument(format!("{text:?} is no uuid of a VM")))
+}
+
+/// What a step wants done.
+pub(crate) fn deed(vm: Uuid, action: Option<wire::step::Action>) -> Result<Deed, Status> {
+    use wire::step::Action as Wanted;
+    let missing = || Status::invalid_argument("the step says not what to do");
+    Ok(match action.ok_or_else(missing)? {
+        Wanted::Start(start) => {
+            let spec = start
+                .spec
+                .ok_or_else(|| Status::invalid_argument("a start needs a spec"))?;
+            Deed::Start {
+                spec: Box::new(spec_of(vm, spec)?),
+                paused: start.paused,
+            }
+        }
+        Wanted::Destroy(_) => Deed::Destroy,
+        Wanted::Pause(_) => Deed::Pause,
+        Wanted::Unpause(_) => Deed::Unpause,
+        Wanted::Shutdown(shutdown) => Deed::Shutdown {
+            limit: limit(shutdown.timeout_ms),
+        },
+        Wanted::Reboot(reboot) => Deed::Reboot(Box::new(Reboot {
+            clean: reboot.clean,
+            limit: limit(reboot.timeout_ms),
+            spec: reboot.spec.map(|spec| spec_of(vm, spec)).transpose()?,
+        })),
+    })
+}
+
+fn limit(milliseconds: u64) -> Duration {
+    if milliseconds == 0 {
+        PATIENCE
+    } else {
+        Duration::from_millis(milliseconds).min(10 * PATIENCE)
+    }
+}
+
+fn spec_of(vm: Uuid, spec: wire::DomainSpec) -> Result<DomainSpec, Status> {
+    if self::vm(&spec.vm)? != vm {
+        return Err(Status::invalid_argument("the spec is another VM's"));
+    }
+    Ok(DomainSpec {
+        vm,
+        name: spec.name,
+        memory_static_max: spec.memory_static_max,
+        memory_target: spec.memory_target,
+        vcpus_max: spec.vcpus_max,
+        vcpus_at_startup: spec.vcpus_at_startup,
+        kernel: spec.kernel,
+        ramdisk: spec.ramdisk,
+        kernel_args: spec.kernel_args,
+        platform: spec.platform.into_iter().collect(),
+        generation: spec.generation,
+        firmware: spec.firmware,
+        boot_order: spec.boot_order,
+        disks: spec.disks.into_iter().map(disk).collect(),
+        vifs: spec.vifs.into_iter().map(vif).collect(),
+        on_shutdown: action(&spec.on_shutdown, Action::Destroy)?,
+        on_reboot: action(&spec.on_reboot, Action::Restart)?,
+        on_crash: action(&spec.on_crash, Action::Destroy)?,
+    })
+}
+
+fn action(text: &str, unsaid: Action) -> Result<Action, Status> {
+    match text {
+        "" => Ok(unsaid),
+        "destroy" => Ok(Action::Destroy),
+        "restart" => Ok(Action::Restart),
+        other => Err(Status::invalid_argument(format!(
+            "{other:?} is not what can follow a guest's end"
+        ))),
+    }
+}
+
+fn disk(disk: wire::Disk) -> Disk {
+    Disk {
+        vbd: disk.vbd,
+        device: disk.device,
+        path: disk.path,
+        read_only: disk.read_only,
+        cdrom: disk.cdrom,
+    }
+}
+
+fn vif(vif: wire::Vif) -> Vif {
+    Vif {
+        vif: vif.vif,
+        device: vif.device,
+        mac: vif.mac,
+        bridge: vif.bridge,
+        mtu: vif.mtu,
+    }
+}
+
+/// What came of a step.
+pub(crate) fn outcome(outcome: Result<DomainState, Refusal>) -> wire::Outcome {
+    use wire::outcome::Result as Came;
+    let result = match outcome {
+        Ok(state) => Came::Domain(state_of(state)),
+        Err(refusal) => Came::Refusal(refusal_of(refusal)),
+    };
+    wire::Outcome {
+        result: Some(result),
+    }
+}
+
+/// A domain's state.
+pub(crate) fn state_of(state: DomainState) -> wire::DomainState {
+    let power = match state.power {
+        Power::Halted => wire::PowerState::Halted,
+        Power::Paused => wire::PowerState::Paused,
+        Power::Running => wire::PowerState::Running,
+        Power::Crashed => wire::PowerState::Crashed,
+    };
+    let console = |it: Console| wire::Console {
+        protocol: it.protocol,
+        location: it.location,
+    };
+    wire::DomainState {
+        vm: state.vm.to_string(),
+        state: power.into(),
+        domid: state.domid,
+        memory_actual: state.memory_actual,
+        start_time: state.start_time,
+        last_operation: state.last_operation,
+        reason: state.reason,
+        consoles: state.consoles.into_iter().map(console).collect(),
+        generation: state.generation,
+    }
+}
+
+fn refusal_of(refusal: Refusal) -> wire::Refusal {
+    use wire::refusal::Reason as Told;
+    let reason = match refusal.reason {
+        Reason::StaleEpoch => Told::StaleEpoch,
+        Reason::NoSuchDomain => Told::NoSuchDomain,
+        Reason::DomainExists => Told::DomainExists,
+        Reason::NotEnoughMemory => Told::NotEnoughMemory,
+        Reason::TimedOut => Told::TimedOut,
+        Reason::BadState => Told::BadState,
+        Reason::BootFailed => Told::BootFailed,
+        Reason::WrongPool => Told::WrongPool,
+        Reason::Unsupported => Told::Unsupported,
+        Reason::Failed => Told::Failed,
+    };
+    wire::Refusal {
+        reason: reason.into(),
+        detail: refusal.detail,
+        needed: refusal.needed,
+        available: refusal.available,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_for_one_vm_cannot_build_another() {
+        let spec = wire::DomainSpec {
+            vm: Uuid::from_u128(2).to_string(),
+            ..Default::default()
+        };
+        let action = wire::step::Action::Start(wire::StartDomain {
+            spec: Some(spec),
+            paused: false,
+        });
+        let status = deed(Uuid::from_u128(1), Some(action)).expect_err("another VM");
+        assert_eq!(status.code(), tonic::Code::InvalidArgument);
+    }
+
+    #[test]
+    fn what_follows_a_guests_end_has_the_defaults_of_a_plain_vm() {
+        let vm = Uuid::from_u128(1);
+        let spec = spec_of(
+            vm,
+            wire::DomainSpec {
+                vm: vm.to_string(),
+                ..Default::default()
+            },
+        )
+        .expect("spec");
+        assert_eq!(
+            (spec.on_shutdown, spec.on_reboot, spec.on_crash),
+            (Action::Destroy, Action::Restart, Action::Destroy)
+        );
+        let odd = wire::DomainSpec {
+            vm: vm.to_string(),
+            on_crash: "explode".into(),
+            ..Default::default()
+        };
+        assert!(spec_of(vm, odd).is_err());
+    }
+}
