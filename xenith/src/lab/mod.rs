@@ -27,6 +27,11 @@ use crate::cli::{Lab, OnHost, What};
 /// How long a host that is started again may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long `status` asks for the master.
+const ASK_LIMIT: Duration = Duration::from_secs(2);
+/// How long the others do: whoever has just killed a master does not want to wait for the next one.
+const BRIEFLY: Duration = Duration::from_millis(250);
+
 /// Runs one lab command.
 pub fn run(command: &Lab) -> anyhow::Result<()> {
     let (layout, plan) = match command {
@@ -53,7 +58,8 @@ pub fn run(command: &Lab) -> anyhow::Result<()> {
             (layout, plan)
         }
     };
-    print(&Report::now(&layout, &plan))
+    let patience = if matches!(command, Lab::Up(_) | Lab::Status(_)) { ASK_LIMIT } else { BRIEFLY };
+    print(&Report::now(&layout, &plan, patience))
 }
 
 fn existing(dir: &std::path::Path) -> anyhow::Result<(Layout, Plan)> {

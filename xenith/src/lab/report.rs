@@ -9,9 +9,6 @@ use super::plan::Plan;
 use super::process::{Daemon, daemon};
 use super::rpc::pool_view;
 
-/// How long one host may take to say who the master is.
-const ASK_LIMIT: Duration = Duration::from_secs(2);
-
 /// The lab as of now: the JSON object on standard output.
 #[derive(Serialize, Debug)]
 pub struct Report {
@@ -61,15 +58,17 @@ pub enum HostState {
 }
 
 impl Report {
-    /// Looks at every process, and asks a running host who the master is.
-    pub fn now(layout: &Layout, plan: &Plan) -> Self {
+    /// Looks at every process, and asks the running hosts, all at once and for so long, who the master is.
+    pub fn now(layout: &Layout, plan: &Plan, limit: Duration) -> Self {
         let hosts: Vec<_> = plan.hosts.iter().map(|host| host_report(layout, plan, host)).collect();
-        let master = hosts
-            .iter()
-            .filter(|host| matches!(host.state, HostState::Running | HostState::Partial))
-            .find_map(|host| pool_view(host.socket.as_ref(), ASK_LIMIT).ok()?.master)
-            .and_then(|uuid| hosts.iter().find(|host| host.uuid == uuid))
-            .map(|host| host.name.clone());
+        let awake = hosts.iter().filter(|host| matches!(host.state, HostState::Running | HostState::Partial));
+        let master = std::thread::scope(|scope| {
+            let asked: Vec<_> = awake.map(|host| scope.spawn(move || pool_view(host.socket.as_ref(), limit))).collect();
+            let answers = asked.into_iter().filter_map(|answer| answer.join().ok()?.ok());
+            // Each is forwarded to the master, so that they cannot differ for longer than a change of masters takes.
+            answers.filter_map(|view| view.master).last()
+        });
+        let master = hosts.iter().find(|host| Some(&host.uuid) == master.as_ref()).map(|host| host.name.clone());
         Self { hosts, master, user: plan.user.clone(), password: plan.password.clone() }
     }
 }

@@ -25,32 +25,49 @@ const LOG_TAIL: i64 = 2_000;
 
 /// Starts what is dead of every host and continues what is paused: agents first, so that a master finds them there.
 pub fn all(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
-    for what in [What::Agent, What::Controller] {
-        for host in &plan.hosts {
-            self::host(layout, plan, host, what)?;
-            power::signal(&layout.host(&host.name), what, Signal::CONT)?;
-        }
-    }
     for host in &plan.hosts {
-        // Domains of a paused host.
         power::signal(&layout.host(&host.name), What::Host, Signal::CONT)?;
     }
-    Ok(())
+    let dead: Vec<_> = plan.hosts.iter().flat_map(|host| dead(layout, host, What::Host)).collect();
+    start(layout, plan, dead)
 }
 
 /// Starts what is dead of one host.
 pub fn host(layout: &Layout, plan: &Plan, host: &Host, what: What) -> anyhow::Result<()> {
+    start(layout, plan, dead(layout, host, what))
+}
+
+/// The daemons of a host that do not run, of those that are meant.
+fn dead<'a>(layout: &Layout, host: &'a Host, what: What) -> Vec<(Daemon, &'a Host)> {
     let place = layout.host(&host.name);
+    let mut dead = Vec::new();
     if what != What::Controller && daemon(Daemon::Agent, &place.agent_config()).is_none() {
-        must_be_free(plan.agent(host))?;
-        eprintln!("{}: starting the agent", host.name);
-        spawn(Daemon::Agent, &place.agent_config(), &place.agent_log())?;
+        dead.push((Daemon::Agent, host));
     }
     if what != What::Agent && daemon(Daemon::Controller, &place.controller_config()).is_none() {
-        must_be_free(plan.api(host))?;
-        must_be_free(plan.peer(host))?;
-        eprintln!("{}: starting the controller at https://{}", host.name, plan.api(host));
-        spawn(Daemon::Controller, &place.controller_config(), &place.controller_log())?;
+        dead.push((Daemon::Controller, host));
+    }
+    dead
+}
+
+/// All or nothing, as far as it can be known: no daemon is started while an address of any is taken.
+fn start(layout: &Layout, plan: &Plan, mut dead: Vec<(Daemon, &Host)>) -> anyhow::Result<()> {
+    dead.sort_by_key(|(daemon, _)| *daemon == Daemon::Controller);
+    for (daemon, host) in &dead {
+        let addresses = match daemon {
+            Daemon::Agent => vec![plan.agent(host)],
+            Daemon::Controller => vec![plan.api(host), plan.peer(host)],
+        };
+        addresses.into_iter().try_for_each(must_be_free)?;
+    }
+    for (daemon, host) in dead {
+        let place = layout.host(&host.name);
+        let (config, log) = match daemon {
+            Daemon::Agent => (place.agent_config(), place.agent_log()),
+            Daemon::Controller => (place.controller_config(), place.controller_log()),
+        };
+        eprintln!("{}: starting the {}", host.name, daemon.name());
+        spawn(daemon, &config, &log)?;
     }
     Ok(())
 }
@@ -128,7 +145,11 @@ fn wait(limit: Duration, what: &str, mut done: impl FnMut() -> anyhow::Result<bo
     let deadline = Instant::now() + limit;
     while !done()? {
         if Instant::now() > deadline {
-            bail!("waited {} s for {what}, in vain; the logs are DIR/host*/{{controller,agent}}.log", limit.as_secs());
+            bail!(
+                "waited {} s for {what}, in vain; the logs are DIR/host*/{{controller,agent}}.log, and \
+                 `xenith lab down --dir DIR` stops what runs",
+                limit.as_secs()
+            );
         }
         std::thread::sleep(LOOK_AGAIN);
     }
