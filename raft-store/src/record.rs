@@ -7,7 +7,6 @@ use bytes::Bytes;
 use openraft::EntryPayload;
 use openraft::entry::RaftEntry;
 use openraft::vote::RaftLeaderId;
-use openraft::vote::RaftVote;
 use openraft::impls::leader_id_std;
 use prost::Message;
 use proto::raft as wire;

@@ -35,6 +35,7 @@ struct Pool {
 
 impl Pool {
     async fn start(size: u64) -> Self {
+        let _ = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).try_init();
         let mut members = Vec::new();
         for node_id in 1..=size {
             let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -71,7 +72,7 @@ impl Pool {
         let node = self.nodes[index].take().unwrap();
         node.server.abort();
         let _ = node.server.await;
-        drop(node.store.abandon().await);
+        node.store.abandon().await;
     }
 
     async fn leader(&self) -> usize {
