@@ -1,1 +1,7 @@
-//! placeholder
+//! What tests and benchmarks on real processes are made of: a XenAPI client of our own, labs that always end, the stock
+//! clients of others, and the load that benchmarks put on a pool and on the peer it is measured against.
+
+pub mod bench;
+pub mod client;
+pub mod lab;
+pub mod stock;

@@ -1,0 +1,224 @@
+//! What was measured, as Markdown: for people on standard output, and for `docs/benchmarks.md` between two marks.
+
+use std::fmt::{Display, Write};
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+
+use super::bulk::Bulk;
+use super::events::Delays;
+use super::load::{Rounds, median, quantile};
+use super::machine::Machine;
+
+const BEGIN: &str = "<!-- measured: begin (written by `make bench`) -->";
+const END: &str = "<!-- measured: end -->";
+/// The document, when there is none yet.
+const FIRST: &str = "# Benchmarks\n\nMeasured by `make bench`.\n\n";
+
+/// One kind of load at one number of clients, at both peers.
+#[derive(Clone, Debug)]
+pub struct Load {
+    /// How many clients at once.
+    pub clients: usize,
+    /// The pool's rounds.
+    pub pool: Rounds,
+    /// Etcd's rounds, where etcd is installed.
+    pub etcd: Option<Rounds>,
+}
+
+/// How a run was asked for.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The day, as it was passed in.
+    pub date: String,
+    /// Version of the pool.
+    pub pool_version: String,
+    /// Version of etcd, where it is installed.
+    pub etcd_version: Option<String>,
+    /// A slice that is too short to be quoted.
+    pub quick: bool,
+    /// Rounds of each load.
+    pub rounds: usize,
+    /// Seconds of each.
+    pub seconds: f64,
+}
+
+/// All that a run measured.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The machine.
+    pub machine: Machine,
+    /// The run.
+    pub run: Run,
+    /// Acknowledged writes.
+    pub writes: Vec<Load>,
+    /// Linearizable reads.
+    pub reads: Vec<Load>,
+    /// Milliseconds without a writer, one for each killed leader of the pool.
+    pub pool_failovers: Vec<f64>,
+    /// The same of etcd.
+    pub etcd_failovers: Vec<f64>,
+    /// From writes to their events.
+    pub events: Delays,
+    /// All records at once.
+    pub bulk: Vec<Bulk>,
+}
+
+impl Report {
+    /// The whole of it.
+    pub fn markdown(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = self.write(&mut text);
+        text
+    }
+
+    fn write(&self, out: &mut String) -> std::fmt::Result {
+        let Self { machine, run, .. } = self;
+        writeln!(
+            out,
+            "{}Measured on {} with xenith {}{}: {} cores ({}), {:.0} GiB of memory, Linux {}, data on {} whose 4 KiB \
+             write with fdatasync takes {:.2} ms (p50) and {:.2} ms (p99). {} rounds of {:.0} s for each load, \
+             alternating; rates are the median round's, latencies those of all rounds. The load generator shares the \
+             cores with everything it measures.\n",
+            if run.quick { "**A quick run: too short to be quoted.** " } else { "" },
+            run.date,
+            run.pool_version,
+            run.etcd_version.as_ref().map(|version| format!(" and etcd {version}")).unwrap_or_default(),
+            machine.cores,
+            machine.processor,
+            machine.memory_gib,
+            machine.kernel,
+            machine.file_system,
+            machine.sync[0],
+            machine.sync[1],
+            run.rounds,
+            run.seconds,
+        )?;
+        writeln!(out, "## Acknowledged writes\n")?;
+        writeln!(
+            out,
+            "`VM.set_name_description` with a new text of 64 bytes, over JSON-RPC and TLS with keep-alive, one \
+             connection for each client; etcd: put of 64 bytes over plaintext gRPC, all clients on one connection, with \
+             which it is faster. Latencies in ms.\n"
+        )?;
+        loads(out, &self.writes)?;
+        writeln!(out, "## Reads\n")?;
+        writeln!(
+            out,
+            "`VM.get_record`, linearizable, the whole record; etcd: linearizable range of one key with 64 bytes.\n"
+        )?;
+        loads(out, &self.reads)?;
+        self.failovers(out)?;
+        writeln!(out, "## Events\n")?;
+        writeln!(
+            out,
+            "One client waits in `event.from`, another sets a VM's description, {} times. Milliseconds to the event; \
+             below zero it came before the writer's own answer.\n",
+            self.events.after_start.len()
+        )?;
+        writeln!(out, "| from | p50 | p99 |\n| --- | ---: | ---: |")?;
+        let [acknowledged, started] = [&self.events.after_acknowledgement, &self.events.after_start];
+        for (from, delays) in [("the write's acknowledgement", acknowledged), ("the write's start", started)] {
+            writeln!(out, "| {from} | {:.2} | {:.2} |", quantile(delays, 0.5), quantile(delays, 0.99))?;
+        }
+        writeln!(
+            out,
+            "\n## All records\n\n`VM.get_all_records` over JSON-RPC and TLS, one connection; median call.\n"
+        )?;
+        writeln!(out, "| VMs | answer, MB | ms | MB/s |\n| ---: | ---: | ---: | ---: |")?;
+        for bulk in &self.bulk {
+            let megabytes = bulk.bytes as f64 / 1e6;
+            writeln!(out, "| {} | {megabytes:.1} | {:.1} | {:.0} |", bulk.vms, bulk.milliseconds, bulk.rate())?;
+        }
+        Ok(())
+    }
+
+    fn failovers(&self, out: &mut String) -> std::fmt::Result {
+        writeln!(out, "## Failover\n")?;
+        writeln!(
+            out,
+            "Milliseconds from SIGKILL of the leader to the first acknowledged write, by a client that knows all members \
+             and tries one after the other, each for at most 250 ms. Default timings of both.\n"
+        )?;
+        writeln!(out, "| | rounds | median | p99 | worst |\n| --- | ---: | ---: | ---: | ---: |")?;
+        for (name, times) in [("xenith", &self.pool_failovers), ("etcd", &self.etcd_failovers)] {
+            if !times.is_empty() {
+                let (middle, high) = (median(times.iter().copied()), quantile(times, 0.99));
+                let worst = quantile(times, 1.0);
+                writeln!(out, "| {name} | {} | {middle:.0} | {high:.0} | {worst:.0} |", times.len())?;
+            }
+        }
+        if !self.pool_failovers.is_empty() && !self.etcd_failovers.is_empty() {
+            let [pool, etcd] = [&self.pool_failovers, &self.etcd_failovers].map(|all| median(all.iter().copied()));
+            writeln!(out, "| etcd ÷ xenith | | {:.2} | | |", etcd / pool)?;
+        }
+        writeln!(out)
+    }
+}
+
+fn loads(out: &mut String, loads: &[Load]) -> std::fmt::Result {
+    writeln!(
+        out,
+        "| clients | xenith /s | etcd /s | ratio | xenith p50 | p99 | etcd p50 | p99 |\n\
+         | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    )?;
+    for Load { clients, pool, etcd } in loads {
+        let of_etcd = |value: &dyn Fn(&Rounds) -> String| etcd.as_ref().map_or_else(|| "–".to_owned(), value);
+        let cells: [&dyn Display; 8] = [
+            clients,
+            &format!("{:.0}", pool.rate()),
+            &of_etcd(&|etcd| format!("{:.0}", etcd.rate())),
+            &of_etcd(&|etcd| format!("{:.2}", pool.rate() / etcd.rate())),
+            &format!("{:.2}", pool.latency(0.5)),
+            &format!("{:.2}", pool.latency(0.99)),
+            &of_etcd(&|etcd| format!("{:.2}", etcd.latency(0.5))),
+            &of_etcd(&|etcd| format!("{:.2}", etcd.latency(0.99))),
+        ];
+        for cell in cells {
+            write!(out, "| {cell} ")?;
+        }
+        writeln!(out, "|")?;
+    }
+    writeln!(out)
+}
+
+/// Puts the text between the document's marks; what people wrote around them stays.
+pub fn put_into(path: &Path, text: &str) -> anyhow::Result<()> {
+    let old = match std::fs::read_to_string(path) {
+        Ok(old) => old,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => format!("{FIRST}{BEGIN}\n{END}\n"),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+    };
+    let new = replaced(&old, text).with_context(|| format!("{} has no marks to write between", path.display()))?;
+    std::fs::write(path, new).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn replaced(old: &str, text: &str) -> anyhow::Result<String> {
+    let (before, rest) = old.split_once(BEGIN).context(BEGIN)?;
+    let (_, after) = rest.split_once(END).context(END)?;
+    ensure!(!text.contains(END), "the text has a mark in it");
+    Ok(format!("{before}{BEGIN}\n{}\n{END}{after}", text.trim_end()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_people_wrote_around_the_measured_part_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("benchmarks.md");
+        put_into(&path, "one").unwrap();
+        let written = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{}\nA remark.\n", written.replace("Measured by", "Indeed measured by")))
+            .unwrap();
+        put_into(&path, "two\n").unwrap();
+        let written = std::fs::read_to_string(&path).unwrap();
+        assert!(written.contains("Indeed measured by") && written.ends_with("\nA remark.\n"), "{written}");
+        assert!(written.contains(&format!("{BEGIN}\ntwo\n{END}")) && !written.contains("one"), "{written}");
+        std::fs::write(&path, "no marks").unwrap();
+        put_into(&path, "three").unwrap_err();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "no marks");
+    }
+}
