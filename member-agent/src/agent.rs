@@ -87,10 +87,7 @@ impl Agent {
         let shutdown = shutdown.child_token();
         let guard = shutdown.clone().drop_guard();
         let tasks = TaskTracker::new();
-        let state = |source| StartError::State {
-            path: config.state_dir.clone(),
-            source,
-        };
+        let state = |source| StartError::State { path: config.state_dir.clone(), source };
         let ledger = Ledger::open(&config.state_dir, REMEMBERED, &tasks).map_err(state)?;
         let hypervisor = hypervisor::open(Site {
             config: config.clone(),
@@ -101,32 +98,14 @@ impl Agent {
         })
         .await?;
 
-        let listen = |source| StartError::Listen {
-            address: config.listen,
-            source,
-        };
-        let incoming = TcpIncoming::bind(config.listen)
-            .map_err(listen)?
-            .with_nodelay(Some(true));
+        let listen = |source| StartError::Listen { address: config.listen, source };
+        let incoming = TcpIncoming::bind(config.listen).map_err(listen)?.with_nodelay(Some(true));
         let address = incoming.local_addr().map_err(listen)?;
-        let steps = Steps::new(
-            hypervisor.clone(),
-            ledger,
-            config.pool,
-            tasks.clone(),
-            shutdown.clone(),
-        );
+        let steps = Steps::new(hypervisor.clone(), ledger, config.pool, tasks.clone(), shutdown.clone());
         let features = hypervisor.features();
         tracing::info!(%address, driver = features.name, version = features.version, accelerator = features.accelerator,
             domains = hypervisor.roster().list().len(), "the agent serves");
-        let service = Service {
-            config,
-            host,
-            hypervisor,
-            steps,
-            tasks: tasks.clone(),
-            shutdown: shutdown.clone(),
-        };
+        let service = Service { config, host, hypervisor, steps, tasks: tasks.clone(), shutdown: shutdown.clone() };
         let server = Server::builder()
             .tls_config(tls)
             .map_err(StartError::Identity)?
@@ -135,9 +114,7 @@ impl Agent {
             .add_service(AgentServer::new(service));
         let ended = shutdown.clone();
         tasks.spawn(async move {
-            let served = server
-                .serve_with_incoming_shutdown(incoming, ended.clone().cancelled_owned())
-                .await;
+            let served = server.serve_with_incoming_shutdown(incoming, ended.clone().cancelled_owned()).await;
             if let Err(error) = served {
                 tracing::error!(%error, "the agent no longer serves");
             }
@@ -145,12 +122,7 @@ impl Agent {
         });
         tasks.close();
         let shutdown = guard.disarm();
-        Ok(Self {
-            address,
-            tasks,
-            shutdown,
-            _lock: lock,
-        })
+        Ok(Self { address, tasks, shutdown, _lock: lock })
     }
 
     /// Where it listens.
@@ -162,10 +134,7 @@ impl Agent {
     pub async fn ended(self) {
         self.shutdown.cancelled().await;
         if timeout(FAREWELL, self.tasks.wait()).await.is_err() {
-            tracing::warn!(
-                left = self.tasks.len(),
-                "some of the agent's tasks have not ended in time"
-            );
+            tracing::warn!(left = self.tasks.len(), "some of the agent's tasks have not ended in time");
         }
     }
 }
@@ -173,10 +142,7 @@ impl Agent {
 /// Makes the state directory this agent's own.
 fn take(state_dir: &Path) -> Result<File, StartError> {
     let path = || state_dir.to_owned();
-    let state = |source| StartError::State {
-        path: path(),
-        source,
-    };
+    let state = |source| StartError::State { path: path(), source };
     fs::create_dir_all(state_dir).map_err(state)?;
     let lock = File::create(state_dir.join("lock")).map_err(state)?;
     match lock.try_lock() {
@@ -188,14 +154,7 @@ fn take(state_dir: &Path) -> Result<File, StartError> {
 
 /// Both sides show a certificate of the pool's authority.
 fn tls(files: &TlsFiles) -> Result<ServerTlsConfig, StartError> {
-    let read = |path: &PathBuf| {
-        fs::read(path).map_err(|source| StartError::Tls {
-            path: path.clone(),
-            source,
-        })
-    };
+    let read = |path: &PathBuf| fs::read(path).map_err(|source| StartError::Tls { path: path.clone(), source });
     let identity = Identity::from_pem(read(&files.certificate)?, read(&files.key)?);
-    Ok(ServerTlsConfig::new()
-        .identity(identity)
-        .client_ca_root(Certificate::from_pem(read(&files.ca)?)))
+    Ok(ServerTlsConfig::new().identity(identity).client_ca_root(Certificate::from_pem(read(&files.ca)?)))
 }

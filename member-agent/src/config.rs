@@ -113,17 +113,13 @@ mod tests {
     #[test]
     fn the_smallest_file_is_enough() {
         let config: Config = toml::from_str(SMALLEST).expect("parses");
-        assert_eq!(
-            (config.driver.as_str(), config.nics),
-            ("auto", NicSource::Real)
-        );
+        assert_eq!((config.driver.as_str(), config.nics), ("auto", NicSource::Real));
         assert_eq!(config.accelerator, AcceleratorChoice::Auto);
     }
 
     #[test]
     fn a_misspelt_setting_is_an_error() {
-        let error = toml::from_str::<Config>(&format!("memory_totl_mib = 4\n{SMALLEST}"))
-            .expect_err("unknown");
+        let error = toml::from_str::<Config>(&format!("memory_totl_mib = 4\n{SMALLEST}")).expect_err("unknown");
         assert!(error.to_string().contains("memory_totl_mib"));
     }
 }

@@ -19,12 +19,7 @@ pub(crate) fn replace(path: &Path, content: &[u8], durability: Durability) -> io
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(".new");
     let fresh = path.with_file_name(name);
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&fresh)?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
     file.write_all(content)?;
     if durability == Durability::Power {
         file.sync_all()?;
@@ -38,8 +33,7 @@ pub(crate) fn replace(path: &Path, content: &[u8], durability: Durability) -> io
 
 /// Makes the names in the directory of `path` durable.
 pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
-    path.parent()
-        .map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
 }
 
 /// The last `limit` bytes of a file as text, in lines; empty when it cannot be read.

@@ -85,19 +85,11 @@ impl Ledger {
     /// Reads the ledger of a state directory, and rewrites it without what is no longer needed.
     pub fn open(state_dir: &Path, limit: usize, tasks: &TaskTracker) -> io::Result<Self> {
         let path = state_dir.join("ledger.jsonl");
-        let mut memory = Memory {
-            limit: limit.max(1),
-            ..Memory::default()
-        };
+        let mut memory = Memory { limit: limit.max(1), ..Memory::default() };
         memory.read(&path)?;
         let announced = Mutex::new(memory.epochs.clone());
         let memory = Arc::new(Mutex::new(memory));
-        let mut writer = Writer {
-            file: rewrite(&path, &memory.lock())?,
-            path,
-            memory: Arc::clone(&memory),
-            lines: 0,
-        };
+        let mut writer = Writer { file: rewrite(&path, &memory.lock())?, path, memory: Arc::clone(&memory), lines: 0 };
         let (writes, mut queue) = mpsc::channel(QUEUE);
         tasks.spawn_blocking(move || {
             let mut batch = Vec::new();
@@ -105,11 +97,7 @@ impl Ledger {
                 writer.write(std::mem::take(&mut batch));
             }
         });
-        Ok(Self {
-            memory,
-            announced,
-            writes,
-        })
+        Ok(Self { memory, announced, writes })
     }
 
     /// Lets a pool's master of this epoch command, unless a newer one has: then that epoch is given.
@@ -124,11 +112,7 @@ impl Ledger {
         }
         let kept = self.memory.lock().epochs.get(pool).copied();
         if kept.is_none_or(|kept| kept < epoch) {
-            self.write(Line::Epoch {
-                pool: pool.to_owned(),
-                epoch,
-            })
-            .await?;
+            self.write(Line::Epoch { pool: pool.to_owned(), epoch }).await?;
         }
         Ok(Ok(()))
     }
@@ -145,20 +129,13 @@ impl Ledger {
 
     /// A step has ended.
     pub async fn conclude(&self, step: &StepKey, outcome: &Outcome) -> io::Result<()> {
-        self.write(Line::Done {
-            step: step.clone(),
-            outcome: outcome.clone(),
-        })
-        .await
+        self.write(Line::Done { step: step.clone(), outcome: outcome.clone() }).await
     }
 
     async fn write(&self, line: Line) -> io::Result<()> {
         let (written, done) = oneshot::channel();
         let closed = || io::Error::other("the ledger is closed");
-        self.writes
-            .send(Entry { line, written })
-            .await
-            .map_err(|_| closed())?;
+        self.writes.send(Entry { line, written }).await.map_err(|_| closed())?;
         done.await.map_err(|_| closed())?
     }
 }
@@ -174,9 +151,7 @@ impl Memory {
         while let Some(line) = lines.next() {
             match serde_json::from_slice(line) {
                 Ok(Line::Format(format)) if format > FORMAT => {
-                    return Err(io::Error::other(format!(
-                        "the ledger has the newer format {format}"
-                    )));
+                    return Err(io::Error::other(format!("the ledger has the newer format {format}")));
                 }
                 Ok(line) => self.apply(line),
                 Err(_) if lines.peek().is_none() => {}
@@ -212,22 +187,14 @@ impl Memory {
     }
 
     fn lines(&self) -> impl Iterator<Item = Line> {
-        let epochs = self.epochs.iter().map(|(pool, epoch)| Line::Epoch {
-            pool: pool.clone(),
-            epoch: *epoch,
-        });
+        let epochs = self.epochs.iter().map(|(pool, epoch)| Line::Epoch { pool: pool.clone(), epoch: *epoch });
         let steps = self.order.iter().filter_map(|step| {
             Some(match self.steps.get(step)?.clone() {
                 Past::Begun => Line::Begun { step: step.clone() },
-                Past::Done(outcome) => Line::Done {
-                    step: step.clone(),
-                    outcome,
-                },
+                Past::Done(outcome) => Line::Done { step: step.clone(), outcome },
             })
         });
-        std::iter::once(Line::Format(FORMAT))
-            .chain(epochs)
-            .chain(steps)
+        std::iter::once(Line::Format(FORMAT)).chain(epochs).chain(steps)
     }
 }
 
@@ -252,10 +219,7 @@ struct Writer {
 impl Writer {
     fn write(&mut self, batch: Vec<Entry>) {
         let result = self.append(&batch);
-        let failed = result
-            .as_ref()
-            .err()
-            .map(|error| (error.kind(), error.to_string()));
+        let failed = result.as_ref().err().map(|error| (error.kind(), error.to_string()));
         if let Some((_, error)) = &failed {
             tracing::error!(error, "the ledger cannot be written");
         }
@@ -272,9 +236,7 @@ impl Writer {
         let limit = memory.limit;
         drop(memory);
         for answer in answers {
-            let outcome = failed.as_ref().map_or(Ok(()), |(kind, text)| {
-                Err(io::Error::new(*kind, text.clone()))
-            });
+            let outcome = failed.as_ref().map_or(Ok(()), |(kind, text)| Err(io::Error::new(*kind, text.clone())));
             // Who no longer waits has gone; the line is written all the same.
             let _ = answer.send(outcome);
         }
@@ -295,10 +257,7 @@ impl Writer {
         }
         self.file.write_all(&content)?;
         self.lines += batch.len();
-        if batch
-            .iter()
-            .any(|write| !matches!(write.line, Line::Begun { .. }))
-        {
+        if batch.iter().any(|write| !matches!(write.line, Line::Begun { .. })) {
             self.file.sync_data()?;
         }
         Ok(())
@@ -311,11 +270,7 @@ mod tests {
     use crate::hypervisor::domain::Reason;
 
     fn step(number: u128) -> StepKey {
-        StepKey {
-            operation: format!("operation-{number}"),
-            vm: Uuid::from_u128(number),
-            kind: StepKind::Start,
-        }
+        StepKey { operation: format!("operation-{number}"), vm: Uuid::from_u128(number), kind: StepKind::Start }
     }
 
     fn open(dir: &Path, limit: usize) -> Ledger {
@@ -342,10 +297,7 @@ mod tests {
         let refused: Outcome = Err(Refusal::memory(5, 4));
         ledger.begin(&step(0)).await.expect("written");
         for number in 1..=3 {
-            ledger
-                .conclude(&step(number), &refused)
-                .await
-                .expect("written");
+            ledger.conclude(&step(number), &refused).await.expect("written");
         }
         drop(ledger);
         let ledger = open(dir.path(), 3);
@@ -368,18 +320,11 @@ mod tests {
         let ledger = open(dir.path(), 8);
         let outcome: Outcome = Err(Refusal::new(Reason::Failed, "x"));
         for number in 0..500 {
-            ledger
-                .conclude(&step(number), &outcome)
-                .await
-                .expect("written");
+            ledger.conclude(&step(number), &outcome).await.expect("written");
         }
         assert_eq!(ledger.past(&step(499)), Some(Past::Done(outcome)));
         let text = fs::read_to_string(dir.path().join("ledger.jsonl")).expect("read");
-        assert!(
-            text.lines().count() <= 4 * 8 + 64 + 16,
-            "{} lines",
-            text.lines().count()
-        );
+        assert!(text.lines().count() <= 4 * 8 + 64 + 16, "{} lines", text.lines().count());
     }
 
     #[tokio::test]
@@ -388,10 +333,7 @@ mod tests {
         let path = dir.path().join("ledger.jsonl");
         let good = "{\"format\":1}\n{\"epoch\":{\"pool\":\"a\",\"epoch\":7}}\n";
         fs::write(&path, format!("{good}{{\"epoch\":{{\"po")).expect("write");
-        assert_eq!(
-            open(dir.path(), 8).admit("a", 6).await.expect("written"),
-            Err(7)
-        );
+        assert_eq!(open(dir.path(), 8).admit("a", 6).await.expect("written"), Err(7));
         fs::write(&path, format!("{good}junk\n{good}")).expect("write");
         assert!(Ledger::open(dir.path(), 8, &TaskTracker::new()).is_err());
     }

@@ -15,6 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
+use tracing::Instrument;
 
 use crate::config::Config;
 use crate::facts::Host;
@@ -41,11 +42,7 @@ pub(crate) struct Service {
 
 impl Service {
     async fn admit(&self, pool: String, epoch: u64) -> Result<(), Status> {
-        let admitted = self
-            .steps
-            .admit(&Authority { pool, epoch })
-            .await
-            .map_err(unavailable)?;
+        let admitted = self.steps.admit(&Authority { pool, epoch }).await.map_err(unavailable)?;
         // These calls have no place for a refusal: the status says it, and names the epoch that is held.
         admitted.map_err(|Refusal { reason, detail, .. }| {
             let mut status = Status::failed_precondition(format!("{reason:?}: {detail}"));
@@ -62,68 +59,39 @@ impl Service {
 impl AgentCalls for Service {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::AgentEvent, Status>> + Send>>;
 
-    async fn hello(
-        &self,
-        request: Request<wire::HelloRequest>,
-    ) -> Result<Response<wire::HelloReply>, Status> {
+    async fn hello(&self, request: Request<wire::HelloRequest>) -> Result<Response<wire::HelloReply>, Status> {
         let hello = request.into_inner();
         self.admit(hello.pool, hello.epoch).await?;
         let features = self.hypervisor.features();
         let mut names = vec![format!("hypervisor:{}", features.name)];
-        names.extend(
-            features
-                .abilities
-                .iter()
-                .map(|ability| (*ability).to_owned()),
-        );
+        names.extend(features.abilities.iter().map(|ability| (*ability).to_owned()));
         Ok(Response::new(wire::HelloReply {
             version: VERSION,
             host: self.config.host_uuid.to_string(),
-            facts: Some(self.host.facts(
-                &self.config,
-                &features,
-                self.hypervisor.roster().memory(),
-            )),
+            facts: Some(self.host.facts(&self.config, &features, self.hypervisor.roster().memory())),
             features: names,
         }))
     }
 
-    async fn perform(
-        &self,
-        request: Request<wire::Step>,
-    ) -> Result<Response<wire::Outcome>, Status> {
+    async fn perform(&self, request: Request<wire::Step>) -> Result<Response<wire::Outcome>, Status> {
         let step = request.into_inner();
         if step.operation.is_empty() {
-            return Err(Status::invalid_argument(
-                "a step needs the id of its operation",
-            ));
+            return Err(Status::invalid_argument("a step needs the id of its operation"));
         }
         let vm = words::vm(&step.vm)?;
         let deed = words::deed(vm, step.action)?;
-        let authority = Authority {
-            pool: step.pool,
-            epoch: step.epoch,
-        };
-        let outcome = self
-            .steps
-            .perform(&authority, step.operation, vm, deed)
-            .await
-            .map_err(unavailable)?;
+        let authority = Authority { pool: step.pool, epoch: step.epoch };
+        let span = tracing::info_span!("step", operation = step.operation, %vm, traceparent = step.traceparent);
+        let performed = self.steps.perform(&authority, step.operation, vm, deed).instrument(span);
+        let outcome = performed.await.map_err(unavailable)?;
         Ok(Response::new(words::outcome(outcome)))
     }
 
-    async fn watch(
-        &self,
-        request: Request<wire::WatchRequest>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(&self, request: Request<wire::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let watch = request.into_inner();
         self.admit(watch.pool, watch.epoch).await?;
         let (events, stream) = mpsc::channel(64);
-        self.tasks.spawn(tell(
-            Arc::clone(&self.hypervisor),
-            events,
-            self.shutdown.clone(),
-        ));
+        self.tasks.spawn(tell(Arc::clone(&self.hypervisor), events, self.shutdown.clone()));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 }

@@ -14,6 +14,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::hypervisor::Hypervisor;
@@ -58,24 +59,14 @@ impl Steps {
         tasks: TaskTracker,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
-        Arc::new(Self {
-            hypervisor,
-            ledger,
-            pool,
-            running: Mutex::default(),
-            tasks,
-            shutdown,
-        })
+        Arc::new(Self { hypervisor, ledger, pool, running: Mutex::default(), tasks, shutdown })
     }
 
     /// Refuses a master that is not this pool's newest.
     pub async fn admit(&self, authority: &Authority) -> Result<Result<(), Refusal>, StepError> {
         let Authority { pool, epoch } = authority;
         if self.pool.is_some_and(|mine| pool.parse() != Ok(mine)) {
-            return Ok(Err(Refusal::new(
-                Reason::WrongPool,
-                "this host belongs to another pool",
-            )));
+            return Ok(Err(Refusal::new(Reason::WrongPool, "this host belongs to another pool")));
         }
         let admitted = self.ledger.admit(pool, *epoch).await?;
         Ok(admitted.map_err(|held| {
@@ -95,20 +86,13 @@ impl Steps {
         if let Err(refusal) = self.admit(authority).await? {
             return Ok(Err(refusal));
         }
-        let step = StepKey {
-            operation,
-            vm,
-            kind: deed.kind(),
-        };
+        let step = StepKey { operation, vm, kind: deed.kind() };
         let mut outcome = match self.begin_or_join(&step, deed) {
             Ok(known) => return Ok(known),
             Err(running) => running,
         };
         // The step's own limits end this wait; a sender that is gone without a word was stopped with the agent.
-        let known = outcome
-            .wait_for(Option::is_some)
-            .await
-            .map_err(|_| StepError::Stopping)?;
+        let known = outcome.wait_for(Option::is_some).await.map_err(|_| StepError::Stopping)?;
         known.clone().ok_or(StepError::Stopping)
     }
 
@@ -129,7 +113,7 @@ impl Steps {
         let (tell, told) = watch::channel(None);
         running.insert(step.clone(), told.clone());
         let (steps, step) = (Arc::clone(self), step.clone());
-        self.tasks.spawn(async move {
+        let task = async move {
             let done = steps.begin_and_conclude(&step, deed, past.is_some());
             let outcome = tokio::select! {
                 outcome = done => outcome.map_err(StepError::from),
@@ -140,18 +124,14 @@ impl Steps {
                 Err(error) => tracing::warn!(?step, %error, "a step is left without outcome"),
             }
             steps.running.lock().remove(&step);
-        });
+        };
+        self.tasks.spawn(task.in_current_span());
         Err(told)
     }
 
-    async fn begin_and_conclude(
-        &self,
-        step: &StepKey,
-        deed: Deed,
-        again: bool,
-    ) -> io::Result<Outcome> {
+    async fn begin_and_conclude(&self, step: &StepKey, deed: Deed, again: bool) -> io::Result<Outcome> {
         self.ledger.begin(step).await?;
-        tracing::info!(operation = step.operation, vm = %step.vm, kind = ?step.kind, again, "step begins");
+        tracing::info!(kind = ?step.kind, again, "step begins");
         let spec = match &deed {
             Deed::Reboot(reboot) => reboot.spec.clone(),
             _ => None,
@@ -161,14 +141,12 @@ impl Steps {
             let refusal = refusal.clone();
             outcome = match (refusal.reason, spec) {
                 // Between going and coming again the agent died.
-                (Reason::NoSuchDomain, Some(spec)) => {
-                    self.hypervisor.start(spec, false, &step.operation).await
-                }
+                (Reason::NoSuchDomain, Some(spec)) => self.hypervisor.start(spec, false, &step.operation).await,
                 _ => self.what_it_did(step).ok_or(refusal),
             };
         }
         if let Err(refusal) = &outcome {
-            tracing::warn!(operation = step.operation, vm = %step.vm, kind = ?step.kind, %refusal, "step refused");
+            tracing::warn!(kind = ?step.kind, %refusal, "step refused");
         }
         self.ledger.conclude(step, &outcome).await?;
         Ok(outcome)
@@ -191,11 +169,9 @@ impl Steps {
         use crate::hypervisor::domain::StepKind;
         let now = self.hypervisor.roster().get(step.vm);
         match step.kind {
-            StepKind::Shutdown if now.is_none() => Some(DomainState::halted(
-                step.vm,
-                &step.operation,
-                "guest-shutdown",
-            )),
+            StepKind::Shutdown if now.is_none() => {
+                Some(DomainState::halted(step.vm, &step.operation, "guest-shutdown"))
+            }
             StepKind::Start | StepKind::Pause | StepKind::Unpause => {
                 now.filter(|domain| domain.last_operation == step.operation)
             }

@@ -42,8 +42,7 @@ impl Deed {
 
 /// A VM's uuid.
 pub(crate) fn vm(text: &str) -> Result<Uuid, Status> {
-    text.parse()
-        .map_err(|_| Status::invalid_argument(format!("{text:?} is no uuid of a VM")))
+    text.parse().map_err(|_| Status::invalid_argument(format!("{text:?} is no uuid of a VM")))
 }
 
 /// What a step wants done.
@@ -52,20 +51,13 @@ pub(crate) fn deed(vm: Uuid, action: Option<wire::step::Action>) -> Result<Deed,
     let missing = || Status::invalid_argument("the step says not what to do");
     Ok(match action.ok_or_else(missing)? {
         Wanted::Start(start) => {
-            let spec = start
-                .spec
-                .ok_or_else(|| Status::invalid_argument("a start needs a spec"))?;
-            Deed::Start {
-                spec: Box::new(spec_of(vm, spec)?),
-                paused: start.paused,
-            }
+            let spec = start.spec.ok_or_else(|| Status::invalid_argument("a start needs a spec"))?;
+            Deed::Start { spec: Box::new(spec_of(vm, spec)?), paused: start.paused }
         }
         Wanted::Destroy(_) => Deed::Destroy,
         Wanted::Pause(_) => Deed::Pause,
         Wanted::Unpause(_) => Deed::Unpause,
-        Wanted::Shutdown(shutdown) => Deed::Shutdown {
-            limit: limit(shutdown.timeout_ms),
-        },
+        Wanted::Shutdown(shutdown) => Deed::Shutdown { limit: limit(shutdown.timeout_ms) },
         Wanted::Reboot(reboot) => Deed::Reboot(Box::new(Reboot {
             clean: reboot.clean,
             limit: limit(reboot.timeout_ms),
@@ -75,11 +67,7 @@ pub(crate) fn deed(vm: Uuid, action: Option<wire::step::Action>) -> Result<Deed,
 }
 
 fn limit(milliseconds: u64) -> Duration {
-    if milliseconds == 0 {
-        PATIENCE
-    } else {
-        Duration::from_millis(milliseconds).min(10 * PATIENCE)
-    }
+    if milliseconds == 0 { PATIENCE } else { Duration::from_millis(milliseconds).min(10 * PATIENCE) }
 }
 
 fn spec_of(vm: Uuid, spec: wire::DomainSpec) -> Result<DomainSpec, Status> {
@@ -113,30 +101,16 @@ fn action(text: &str, unsaid: Action) -> Result<Action, Status> {
         "" => Ok(unsaid),
         "destroy" => Ok(Action::Destroy),
         "restart" => Ok(Action::Restart),
-        other => Err(Status::invalid_argument(format!(
-            "{other:?} is not what can follow a guest's end"
-        ))),
+        other => Err(Status::invalid_argument(format!("{other:?} is not what can follow a guest's end"))),
     }
 }
 
 fn disk(disk: wire::Disk) -> Disk {
-    Disk {
-        vbd: disk.vbd,
-        device: disk.device,
-        path: disk.path,
-        read_only: disk.read_only,
-        cdrom: disk.cdrom,
-    }
+    Disk { vbd: disk.vbd, device: disk.device, path: disk.path, read_only: disk.read_only, cdrom: disk.cdrom }
 }
 
 fn vif(vif: wire::Vif) -> Vif {
-    Vif {
-        vif: vif.vif,
-        device: vif.device,
-        mac: vif.mac,
-        bridge: vif.bridge,
-        mtu: vif.mtu,
-    }
+    Vif { vif: vif.vif, device: vif.device, mac: vif.mac, bridge: vif.bridge, mtu: vif.mtu }
 }
 
 /// What came of a step.
@@ -146,9 +120,7 @@ pub(crate) fn outcome(outcome: Result<DomainState, Refusal>) -> wire::Outcome {
         Ok(state) => Came::Domain(state_of(state)),
         Err(refusal) => Came::Refusal(refusal_of(refusal)),
     };
-    wire::Outcome {
-        result: Some(result),
-    }
+    wire::Outcome { result: Some(result) }
 }
 
 /// A domain's state.
@@ -159,10 +131,7 @@ pub(crate) fn state_of(state: DomainState) -> wire::DomainState {
         Power::Running => wire::PowerState::Running,
         Power::Crashed => wire::PowerState::Crashed,
     };
-    let console = |it: Console| wire::Console {
-        protocol: it.protocol,
-        location: it.location,
-    };
+    let console = |it: Console| wire::Console { protocol: it.protocol, location: it.location };
     wire::DomainState {
         vm: state.vm.to_string(),
         state: power.into(),
@@ -204,14 +173,8 @@ mod tests {
 
     #[test]
     fn a_step_for_one_vm_cannot_build_another() {
-        let spec = wire::DomainSpec {
-            vm: Uuid::from_u128(2).to_string(),
-            ..Default::default()
-        };
-        let action = wire::step::Action::Start(wire::StartDomain {
-            spec: Some(spec),
-            paused: false,
-        });
+        let spec = wire::DomainSpec { vm: Uuid::from_u128(2).to_string(), ..Default::default() };
+        let action = wire::step::Action::Start(wire::StartDomain { spec: Some(spec), paused: false });
         let status = deed(Uuid::from_u128(1), Some(action)).expect_err("another VM");
         assert_eq!(status.code(), tonic::Code::InvalidArgument);
     }
@@ -219,23 +182,12 @@ mod tests {
     #[test]
     fn what_follows_a_guests_end_has_the_defaults_of_a_plain_vm() {
         let vm = Uuid::from_u128(1);
-        let spec = spec_of(
-            vm,
-            wire::DomainSpec {
-                vm: vm.to_string(),
-                ..Default::default()
-            },
-        )
-        .expect("spec");
+        let spec = spec_of(vm, wire::DomainSpec { vm: vm.to_string(), ..Default::default() }).expect("spec");
         assert_eq!(
             (spec.on_shutdown, spec.on_reboot, spec.on_crash),
             (Action::Destroy, Action::Restart, Action::Destroy)
         );
-        let odd = wire::DomainSpec {
-            vm: vm.to_string(),
-            on_crash: "explode".into(),
-            ..Default::default()
-        };
+        let odd = wire::DomainSpec { vm: vm.to_string(), on_crash: "explode".into(), ..Default::default() };
         assert!(spec_of(vm, odd).is_err());
     }
 }

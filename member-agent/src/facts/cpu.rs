@@ -24,10 +24,7 @@ fn parse(text: &str) -> (Vec<Cpu>, u32) {
             continue;
         };
         sockets.insert(text("physical id").to_owned());
-        let megahertz = text("cpu MHz")
-            .split('.')
-            .next()
-            .and_then(|whole| whole.parse().ok());
+        let megahertz = text("cpu MHz").split('.').next().and_then(|whole| whole.parse().ok());
         cpus.push(Cpu {
             number,
             vendor: text("vendor_id").to_owned(),
@@ -51,24 +48,12 @@ mod tests {
     fn every_processor_is_told_with_its_socket() {
         let one = "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 85\nmodel name\t: A CPU\n\
                    stepping\t: 7\ncpu MHz\t\t: 2500.123\nphysical id\t: 0\nflags\t\t: fpu vme";
-        let two = one
-            .replace("processor\t: 0", "processor\t: 1")
-            .replace("physical id\t: 0", "physical id\t: 1");
+        let two = one.replace("processor\t: 0", "processor\t: 1").replace("physical id\t: 0", "physical id\t: 1");
         let (cpus, sockets) = parse(&format!("{one}\n\n{two}\n\n"));
         assert_eq!((cpus.len(), sockets), (2, 2));
         let cpu = &cpus[1];
-        assert_eq!(
-            (cpu.number, cpu.speed_mhz, cpu.family, cpu.model),
-            (1, 2500, 6, 85)
-        );
-        assert_eq!(
-            (
-                cpu.vendor.as_str(),
-                cpu.stepping.as_str(),
-                cpu.flags.as_str()
-            ),
-            ("GenuineIntel", "7", "fpu vme")
-        );
+        assert_eq!((cpu.number, cpu.speed_mhz, cpu.family, cpu.model), (1, 2500, 6, 85));
+        assert_eq!((cpu.vendor.as_str(), cpu.stepping.as_str(), cpu.flags.as_str()), ("GenuineIntel", "7", "fpu vme"));
     }
 
     #[test]

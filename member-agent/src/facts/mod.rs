@@ -32,22 +32,11 @@ pub(crate) struct Host {
 impl Host {
     /// Reads them. What the machine does not tell is empty or 0, and no reason not to serve.
     pub fn read(config: &Config) -> Self {
-        let boot_id = fs::read_to_string(&config.boot_id_path)
-            .unwrap_or_default()
-            .trim()
-            .to_owned();
+        let boot_id = fs::read_to_string(&config.boot_id_path).unwrap_or_default().trim().to_owned();
         let uname = nix::sys::utsname::uname().ok();
-        let kernel = uname
-            .as_ref()
-            .map(|it| it.release().to_string_lossy().into_owned())
-            .unwrap_or_default();
-        let nodename = uname
-            .as_ref()
-            .map(|it| it.nodename().to_string_lossy().into_owned())
-            .unwrap_or_default();
-        let memory_total = config
-            .memory_total_mib
-            .map_or_else(machine_memory, |mib| mib.saturating_mul(MIB));
+        let kernel = uname.as_ref().map(|it| it.release().to_string_lossy().into_owned()).unwrap_or_default();
+        let nodename = uname.as_ref().map(|it| it.nodename().to_string_lossy().into_owned()).unwrap_or_default();
+        let memory_total = config.memory_total_mib.map_or_else(machine_memory, |mib| mib.saturating_mul(MIB));
         Self {
             hostname: config.hostname.clone().unwrap_or(nodename),
             kernel,
@@ -55,10 +44,7 @@ impl Host {
             boot_time: boot_time(&config.boot_id_path),
             agent_start_time: unix_seconds(),
             memory_total,
-            control_domain_memory: config
-                .control_domain_memory_mib
-                .saturating_mul(MIB)
-                .min(memory_total),
+            control_domain_memory: config.control_domain_memory_mib.saturating_mul(MIB).min(memory_total),
         }
     }
 
@@ -95,32 +81,24 @@ pub(crate) fn unix_seconds() -> u64 {
 }
 
 fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH)
-        .map(|since| since.as_secs())
-        .unwrap_or_default()
+    time.duration_since(UNIX_EPOCH).map(|since| since.as_secs()).unwrap_or_default()
 }
 
 /// When the host came up: the kernel's word, or the age of a boot id that the lab made.
 fn boot_time(boot_id_path: &Path) -> u64 {
     if !boot_id_path.starts_with("/proc") {
-        return fs::metadata(boot_id_path)
-            .and_then(|it| it.modified())
-            .map(seconds)
-            .unwrap_or_default();
+        return fs::metadata(boot_id_path).and_then(|it| it.modified()).map(seconds).unwrap_or_default();
     }
     let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
     let line = stat.lines().find_map(|line| line.strip_prefix("btime "));
-    line.and_then(|seconds| seconds.trim().parse().ok())
-        .unwrap_or_default()
+    line.and_then(|seconds| seconds.trim().parse().ok()).unwrap_or_default()
 }
 
 fn machine_memory() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kib: u64 = line
-        .and_then(|rest| rest.split_whitespace().next())
-        .and_then(|number| number.parse().ok())
-        .unwrap_or_default();
+    let kib: u64 =
+        line.and_then(|rest| rest.split_whitespace().next()).and_then(|number| number.parse().ok()).unwrap_or_default();
     kib * 1024
 }
 

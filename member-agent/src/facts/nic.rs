@@ -38,16 +38,8 @@ fn made_up(host: &[u8; 16], address: IpAddr) -> Vec<Nic> {
                 carrier: true,
                 speed_mbit: 10_000,
                 duplex: true,
-                ip: if management {
-                    address.to_string()
-                } else {
-                    String::new()
-                },
-                netmask: if management {
-                    "255.255.255.0".to_owned()
-                } else {
-                    String::new()
-                },
+                ip: if management { address.to_string() } else { String::new() },
+                netmask: if management { "255.255.255.0".to_owned() } else { String::new() },
                 gateway: String::new(),
                 bridge: format!("xenbr{number}"),
                 management,
@@ -62,9 +54,7 @@ fn made_up(host: &[u8; 16], address: IpAddr) -> Vec<Nic> {
 fn real(listen: IpAddr) -> Vec<Nic> {
     let mut names: Vec<String> = fs::read_dir(SYSFS)
         .map(|entries| {
-            entries
-                .filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned()))
-                .collect()
+            entries.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect()
         })
         .unwrap_or_default();
     names.sort();
@@ -74,10 +64,7 @@ fn real(listen: IpAddr) -> Vec<Nic> {
     }
     let addresses = addresses();
     let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
-    let mut nics: Vec<Nic> = names
-        .iter()
-        .map(|name| describe(name, &addresses, &routes))
-        .collect();
+    let mut nics: Vec<Nic> = names.iter().map(|name| describe(name, &addresses, &routes)).collect();
     let by_address = nics.iter().position(|nic| nic.ip == listen.to_string());
     let by_route = nics.iter().position(|nic| !nic.gateway.is_empty());
     if let Some(nic) = by_address.or(by_route).and_then(|at| nics.get_mut(at)) {
@@ -87,29 +74,18 @@ fn real(listen: IpAddr) -> Vec<Nic> {
 }
 
 fn is_ethernet(name: &str) -> bool {
-    let guests_end = ["veth", "vif", "tap", "vnet", "docker"]
-        .iter()
-        .any(|prefix| name.starts_with(prefix));
-    text(name, "type") == "1"
-        && !guests_end
-        && !["bridge", "bonding", "tun_flags"]
-            .iter()
-            .any(|it| has(name, it))
+    let guests_end = ["veth", "vif", "tap", "vnet", "docker"].iter().any(|prefix| name.starts_with(prefix));
+    text(name, "type") == "1" && !guests_end && !["bridge", "bonding", "tun_flags"].iter().any(|it| has(name, it))
 }
 
 /// A bridge's address is that of the NIC it carries, as clients know it.
 fn describe(name: &str, addresses: &HashMap<String, (Ipv4Addr, Ipv4Addr)>, routes: &str) -> Nic {
     let target = |file: &str| {
         let link = fs::read_link(Path::new(SYSFS).join(name).join(file)).ok();
-        link.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
-            .unwrap_or_default()
+        link.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned())).unwrap_or_default()
     };
     let bridge = target("brport/bridge");
-    let carrier = if bridge.is_empty() {
-        name
-    } else {
-        bridge.as_str()
-    };
+    let carrier = if bridge.is_empty() { name } else { bridge.as_str() };
     let (ip, netmask) = match addresses.get(carrier) {
         Some((ip, netmask)) => (ip.to_string(), netmask.to_string()),
         None => Default::default(),
@@ -123,9 +99,7 @@ fn describe(name: &str, addresses: &HashMap<String, (Ipv4Addr, Ipv4Addr)>, route
         duplex: text(name, "duplex") == "full",
         ip,
         netmask,
-        gateway: gateway(routes, carrier)
-            .map(|it| it.to_string())
-            .unwrap_or_default(),
+        gateway: gateway(routes, carrier).map(|it| it.to_string()).unwrap_or_default(),
         management: false,
         vendor_name: text(name, "device/vendor"),
         device_name: text(name, "device/device"),
@@ -139,26 +113,17 @@ fn has(name: &str, file: &str) -> bool {
 }
 
 fn text(name: &str, file: &str) -> String {
-    fs::read_to_string(Path::new(SYSFS).join(name).join(file))
-        .unwrap_or_default()
-        .trim()
-        .to_owned()
+    fs::read_to_string(Path::new(SYSFS).join(name).join(file)).unwrap_or_default().trim().to_owned()
 }
 
 /// The first IPv4 address and netmask of each interface.
 fn addresses() -> HashMap<String, (Ipv4Addr, Ipv4Addr)> {
     let mut found = HashMap::new();
     for interface in getifaddrs().into_iter().flatten() {
-        let ip = interface
-            .address
-            .and_then(|address| Some(address.as_sockaddr_in()?.ip()));
-        let netmask = interface
-            .netmask
-            .and_then(|netmask| Some(netmask.as_sockaddr_in()?.ip()));
+        let ip = interface.address.and_then(|address| Some(address.as_sockaddr_in()?.ip()));
+        let netmask = interface.netmask.and_then(|netmask| Some(netmask.as_sockaddr_in()?.ip()));
         if let (Some(ip), Some(netmask)) = (ip, netmask) {
-            found
-                .entry(interface.interface_name)
-                .or_insert((ip, netmask));
+            found.entry(interface.interface_name).or_insert((ip, netmask));
         }
     }
     found
@@ -168,13 +133,10 @@ fn addresses() -> HashMap<String, (Ipv4Addr, Ipv4Addr)> {
 fn gateway(routes: &str, name: &str) -> Option<Ipv4Addr> {
     routes.lines().find_map(|line| {
         let columns: Vec<&str> = line.split_whitespace().collect();
-        let [interface, "00000000", gateway, _, _, _, _, "00000000", ..] = columns.as_slice()
-        else {
+        let [interface, "00000000", gateway, _, _, _, _, "00000000", ..] = columns.as_slice() else {
             return None;
         };
-        let number = u32::from_str_radix(gateway, 16)
-            .ok()
-            .filter(|number| *number != 0)?;
+        let number = u32::from_str_radix(gateway, 16).ok().filter(|number| *number != 0)?;
         (*interface == name).then(|| Ipv4Addr::from(number.swap_bytes()))
     })
 }
@@ -189,8 +151,7 @@ mod tests {
         let one = made_up(uuid::Uuid::from_u128(1).as_bytes(), address);
         let two = made_up(uuid::Uuid::from_u128(2).as_bytes(), address);
         assert_eq!(one, made_up(uuid::Uuid::from_u128(1).as_bytes(), address));
-        let macs: std::collections::HashSet<_> =
-            one.iter().chain(&two).map(|nic| nic.mac.clone()).collect();
+        let macs: std::collections::HashSet<_> = one.iter().chain(&two).map(|nic| nic.mac.clone()).collect();
         assert_eq!(macs.len(), 4);
         assert!(one[0].management && one[0].ip == "127.0.71.2" && one[0].mac.starts_with("02:"));
     }

@@ -59,21 +59,13 @@ impl DomainSpec {
     /// The bytes that this domain takes from its host: its target, in whole MiB. Until there is ballooning a
     /// domain is as large as its target from its start to its end.
     pub fn memory(&self) -> u64 {
-        let bytes = if self.memory_target > 0 {
-            self.memory_target
-        } else {
-            self.memory_static_max
-        };
+        let bytes = if self.memory_target > 0 { self.memory_target } else { self.memory_static_max };
         bytes.div_ceil(MIB) * MIB
     }
 
     /// Whether a domain of this spec is the same machine as one of `other`, whatever the decision that started it.
     pub fn same_machine(&self, other: &Self) -> bool {
-        *self
-            == Self {
-                generation: self.generation,
-                ..other.clone()
-            }
+        *self == Self { generation: self.generation, ..other.clone() }
     }
 }
 
@@ -196,11 +188,7 @@ impl DomainState {
 
     /// This domain's last state: it is gone.
     pub fn gone(&self, power: Power, by: &str, reason: &str) -> Self {
-        Self {
-            power,
-            generation: self.generation,
-            ..Self::halted(self.vm, by, reason)
-        }
+        Self { power, generation: self.generation, ..Self::halted(self.vm, by, reason) }
     }
 }
 
@@ -232,11 +220,7 @@ impl StepKind {
             Self::Unpause => power == Power::Paused,
             Self::Reboot => power == Power::Running || (!clean && power == Power::Paused),
         };
-        if allowed {
-            Ok(())
-        } else {
-            Err(Refusal::new(Reason::BadState, power.word()))
-        }
+        if allowed { Ok(()) } else { Err(Refusal::new(Reason::BadState, power.word())) }
     }
 }
 
@@ -296,22 +280,13 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal with a reason and words.
     pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
-        Self {
-            reason,
-            detail: detail.into(),
-            needed: 0,
-            available: 0,
-        }
+        Self { reason, detail: detail.into(), needed: 0, available: 0 }
     }
 
     /// No memory for `needed` bytes.
     pub fn memory(needed: u64, available: u64) -> Self {
         let detail = format!("{needed} bytes wanted, {available} free");
-        Self {
-            needed,
-            available,
-            ..Self::new(Reason::NotEnoughMemory, detail)
-        }
+        Self { needed, available, ..Self::new(Reason::NotEnoughMemory, detail) }
     }
 
     /// No domain for this VM.
@@ -331,44 +306,23 @@ mod tests {
 
     #[test]
     fn a_domain_takes_its_target_in_whole_mebibytes() {
-        let spec = DomainSpec {
-            memory_static_max: 100 * MIB,
-            ..DomainSpec::default()
-        };
+        let spec = DomainSpec { memory_static_max: 100 * MIB, ..DomainSpec::default() };
         assert_eq!(spec.memory(), 100 * MIB);
-        let spec = DomainSpec {
-            memory_target: 64 * MIB + 1,
-            ..spec
-        };
+        let spec = DomainSpec { memory_target: 64 * MIB + 1, ..spec };
         assert_eq!(spec.memory(), 65 * MIB);
     }
 
     #[test]
     fn a_new_decision_alone_does_not_make_another_machine() {
-        let one = DomainSpec {
-            name: "a".into(),
-            generation: 1,
-            ..DomainSpec::default()
-        };
-        assert!(one.same_machine(&DomainSpec {
-            generation: 2,
-            ..one.clone()
-        }));
-        assert!(!one.same_machine(&DomainSpec {
-            vcpus_max: 2,
-            ..one.clone()
-        }));
+        let one = DomainSpec { name: "a".into(), generation: 1, ..DomainSpec::default() };
+        assert!(one.same_machine(&DomainSpec { generation: 2, ..one.clone() }));
+        assert!(!one.same_machine(&DomainSpec { vcpus_max: 2, ..one.clone() }));
     }
 
     #[test]
     fn a_step_is_refused_with_the_state_that_forbids_it() {
-        let refusal = StepKind::Pause
-            .check(Power::Paused, false)
-            .expect_err("paused twice");
-        assert_eq!(
-            (refusal.reason, refusal.detail.as_str()),
-            (Reason::BadState, "paused")
-        );
+        let refusal = StepKind::Pause.check(Power::Paused, false).expect_err("paused twice");
+        assert_eq!((refusal.reason, refusal.detail.as_str()), (Reason::BadState, "paused"));
         assert!(StepKind::Reboot.check(Power::Paused, false).is_ok());
         assert!(StepKind::Reboot.check(Power::Paused, true).is_err());
     }

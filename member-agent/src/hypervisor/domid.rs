@@ -39,34 +39,18 @@ impl DomainIds {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(error),
         };
-        let below = kept
-            .filter(|record| record.boot_id == boot_id)
-            .map_or(1, |record| record.below.max(1));
-        let next = Record {
-            boot_id: boot_id.to_owned(),
-            next: below,
-            below,
-        };
-        Ok(Self {
-            path,
-            next: Mutex::new(next),
-        })
+        let below = kept.filter(|record| record.boot_id == boot_id).map_or(1, |record| record.below.max(1));
+        let next = Record { boot_id: boot_id.to_owned(), next: below, below };
+        Ok(Self { path, next: Mutex::new(next) })
     }
 
     /// A number that no domain has had since the host came up.
     pub fn next(&self) -> io::Result<i64> {
         let mut record = self.next.lock();
         if record.next >= record.below {
-            let ahead = Record {
-                below: record.next + BLOCK,
-                ..record.clone()
-            };
+            let ahead = Record { below: record.next + BLOCK, ..record.clone() };
             // Numbers need not survive a loss of power: that is a new boot.
-            files::replace(
-                &self.path,
-                &serde_json::to_vec(&ahead)?,
-                Durability::Process,
-            )?;
+            files::replace(&self.path, &serde_json::to_vec(&ahead)?, Durability::Process)?;
             *record = ahead;
         }
         record.next += 1;

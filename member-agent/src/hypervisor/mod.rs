@@ -40,8 +40,7 @@ pub trait Hypervisor: Send + Sync {
     fn roster(&self) -> &Arc<Roster>;
 
     /// Builds a domain and lets it run, or leaves it paused before its first instruction.
-    async fn start(&self, spec: DomainSpec, paused: bool, by: &str)
-    -> Result<DomainState, Refusal>;
+    async fn start(&self, spec: DomainSpec, paused: bool, by: &str) -> Result<DomainState, Refusal>;
 
     /// Takes the domain's power away. One that is not there is a success; one that is being built is given up.
     async fn destroy(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal>;
@@ -109,13 +108,16 @@ pub enum OpenError {
     Io(#[from] io::Error),
 }
 
+/// A driver that is being opened.
+type Opening = BoxFuture<'static, Result<Arc<dyn Hypervisor>, OpenError>>;
+
 /// One driver.
 pub struct Driver {
     /// As configuration names it.
     pub name: &'static str,
     /// Whether this machine has the means for it, so that "auto" may take it.
     present: fn(&Config) -> bool,
-    open: fn(Site) -> BoxFuture<'static, Result<Arc<dyn Hypervisor>, OpenError>>,
+    open: fn(Site) -> Opening,
 }
 
 /// All drivers, in the order in which "auto" tries them.
@@ -123,9 +125,7 @@ pub const DRIVERS: &[Driver] = &[
     Driver {
         name: "qemu",
         present: qemu::present,
-        open: |site| {
-            Box::pin(async { Ok(Arc::new(qemu::Qemu::open(site).await?) as Arc<dyn Hypervisor>) })
-        },
+        open: |site| Box::pin(async { Ok(Arc::new(qemu::Qemu::open(site).await?) as Arc<dyn Hypervisor>) }),
     },
     Driver {
         name: "sim",
@@ -138,14 +138,8 @@ pub const DRIVERS: &[Driver] = &[
 pub async fn open(site: Site) -> Result<Arc<dyn Hypervisor>, OpenError> {
     let wanted = site.config.driver.as_str();
     let driver = match wanted {
-        "auto" => DRIVERS
-            .iter()
-            .find(|driver| (driver.present)(&site.config))
-            .ok_or(OpenError::Nothing)?,
-        name => DRIVERS
-            .iter()
-            .find(|driver| driver.name == name)
-            .ok_or_else(|| OpenError::Unknown(name.to_owned()))?,
+        "auto" => DRIVERS.iter().find(|driver| (driver.present)(&site.config)).ok_or(OpenError::Nothing)?,
+        name => DRIVERS.iter().find(|driver| driver.name == name).ok_or_else(|| OpenError::Unknown(name.to_owned()))?,
     };
     (driver.open)(site).await
 }

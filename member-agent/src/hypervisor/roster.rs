@@ -89,19 +89,8 @@ impl Roster {
             return Err(Refusal::memory(memory, free));
         }
         let cancel = CancellationToken::new();
-        inner.building.insert(
-            vm,
-            Building {
-                memory,
-                cancel: cancel.clone(),
-            },
-        );
-        Ok(Reservation {
-            roster: Arc::clone(self),
-            vm,
-            cancel,
-            open: true,
-        })
+        inner.building.insert(vm, Building { memory, cancel: cancel.clone() });
+        Ok(Reservation { roster: Arc::clone(self), vm, cancel, open: true })
     }
 
     /// Stops the building of this VM's domain, if there is one, and waits until it has ended one way or the other.
@@ -111,18 +100,10 @@ impl Roster {
             Some(building) => building.cancel.cancel(),
             None => return Ok(()),
         }
-        let gone = async {
-            settled
-                .wait_for(|()| !self.inner.lock().building.contains_key(&vm))
-                .await
-                .is_ok()
-        };
+        let gone = async { settled.wait_for(|()| !self.inner.lock().building.contains_key(&vm)).await.is_ok() };
         match tokio::time::timeout(limit, gone).await {
             Ok(_) => Ok(()),
-            Err(_) => Err(Refusal::new(
-                Reason::TimedOut,
-                "the start of this domain does not end",
-            )),
+            Err(_) => Err(Refusal::new(Reason::TimedOut, "the start of this domain does not end")),
         }
     }
 
@@ -160,29 +141,19 @@ impl Roster {
     /// All domains, and every change after that.
     pub fn feed(&self) -> Feed {
         let inner = self.inner.lock();
-        Feed {
-            all: inner.domains.values().cloned().collect(),
-            changes: self.changes.subscribe(),
-        }
+        Feed { all: inner.domains.values().cloned().collect(), changes: self.changes.subscribe() }
     }
 
     /// Memory to give and left.
     pub fn memory(&self) -> Memory {
         let given = self.inner.lock().given();
-        Memory {
-            capacity: self.capacity,
-            free: self.capacity.saturating_sub(given),
-        }
+        Memory { capacity: self.capacity, free: self.capacity.saturating_sub(given) }
     }
 }
 
 impl Inner {
     fn given(&self) -> u64 {
-        let built: u64 = self
-            .domains
-            .values()
-            .map(|domain| domain.memory_actual)
-            .sum();
+        let built: u64 = self.domains.values().map(|domain| domain.memory_actual).sum();
         let building: u64 = self.building.values().map(|building| building.memory).sum();
         built + building
     }
@@ -221,12 +192,7 @@ mod tests {
     use crate::hypervisor::domain::{MIB, Power};
 
     fn running(vm: Uuid, memory: u64) -> DomainState {
-        DomainState {
-            power: Power::Running,
-            domid: 1,
-            memory_actual: memory,
-            ..DomainState::halted(vm, "", "")
-        }
+        DomainState { power: Power::Running, domid: 1, memory_actual: memory, ..DomainState::halted(vm, "", "") }
     }
 
     #[test]
@@ -234,10 +200,7 @@ mod tests {
         let roster = Roster::new(100 * MIB);
         let (one, two) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let reservation = roster.reserve(one, 60 * MIB).expect("room");
-        assert_eq!(
-            roster.reserve(two, 41 * MIB).expect_err("full"),
-            Refusal::memory(41 * MIB, 40 * MIB)
-        );
+        assert_eq!(roster.reserve(two, 41 * MIB).expect_err("full"), Refusal::memory(41 * MIB, 40 * MIB));
         reservation.settle(running(one, 60 * MIB));
         assert_eq!(roster.memory().free, 40 * MIB);
         drop(roster.reserve(two, 40 * MIB).expect("room"));
@@ -250,15 +213,9 @@ mod tests {
         let roster = Roster::new(100 * MIB);
         let vm = Uuid::from_u128(1);
         let reservation = roster.reserve(vm, MIB).expect("room");
-        assert_eq!(
-            roster.reserve(vm, MIB).expect_err("twice").reason,
-            Reason::DomainExists
-        );
+        assert_eq!(roster.reserve(vm, MIB).expect_err("twice").reason, Reason::DomainExists);
         reservation.settle(running(vm, MIB));
-        assert_eq!(
-            roster.reserve(vm, MIB).expect_err("twice").reason,
-            Reason::DomainExists
-        );
+        assert_eq!(roster.reserve(vm, MIB).expect_err("twice").reason, Reason::DomainExists);
     }
 
     #[test]
@@ -270,10 +227,7 @@ mod tests {
         assert_eq!(feed.all, vec![running(vm, MIB)]);
         assert!(feed.changes.try_recv().is_err());
         roster.remove(running(vm, MIB).gone(Power::Crashed, "", "killed"));
-        assert_eq!(
-            feed.changes.try_recv().expect("change").power,
-            Power::Crashed
-        );
+        assert_eq!(feed.changes.try_recv().expect("change").power, Power::Crashed);
     }
 
     #[tokio::test]
@@ -282,10 +236,7 @@ mod tests {
         let vm = Uuid::from_u128(1);
         let reservation = roster.reserve(vm, MIB).expect("room");
         let starter = tokio::spawn(async move { reservation.cancelled().await });
-        roster
-            .cancel_building(vm, Duration::from_secs(5))
-            .await
-            .expect("ended");
+        roster.cancel_building(vm, Duration::from_secs(5)).await.expect("ended");
         starter.await.expect("starter");
         assert_eq!(roster.memory().free, 100 * MIB);
     }

@@ -15,9 +15,8 @@ use proto::agent::agent_client::AgentClient;
 use proto::agent::agent_event::Event;
 use proto::agent::step::Action;
 use proto::agent::{
-    AgentEvent, DestroyDomain, DomainSpec, DomainState, HelloReply, HelloRequest, PauseDomain,
-    PowerState, RebootDomain, Refusal, ShutdownDomain, StartDomain, Step, UnpauseDomain,
-    WatchRequest, outcome, refusal,
+    AgentEvent, DestroyDomain, DomainSpec, DomainState, HelloReply, HelloRequest, PauseDomain, PowerState,
+    RebootDomain, Refusal, ShutdownDomain, StartDomain, Step, UnpauseDomain, WatchRequest, outcome, refusal,
 };
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tempfile::TempDir;
@@ -43,10 +42,7 @@ pub fn authority() -> Authority {
 pub fn certificate(authority: &Authority) -> (String, String) {
     let key = KeyPair::generate().expect("key");
     let params = CertificateParams::new(vec!["agent.xenith".to_owned()]).expect("params");
-    (
-        params.signed_by(&key, authority).expect("signed").pem(),
-        key.serialize_pem(),
-    )
+    (params.signed_by(&key, authority).expect("signed").pem(), key.serialize_pem())
 }
 
 /// A host: its directory, its agent while it runs, and its domains.
@@ -93,22 +89,14 @@ impl Host {
             boot_id_path: file("boot-id", "boot-1"),
         };
         change(&mut config);
-        let mut host = Self {
-            dir,
-            config,
-            authority,
-            running: None,
-            epoch: AtomicU64::new(10),
-        };
+        let mut host = Self { dir, config, authority, running: None, epoch: AtomicU64::new(10) };
         host.start_agent().await;
         host
     }
 
     pub async fn start_agent(&mut self) {
         let token = CancellationToken::new();
-        let agent = Agent::start(self.config.clone(), token.clone())
-            .await
-            .expect("agent starts");
+        let agent = Agent::start(self.config.clone(), token.clone()).await.expect("agent starts");
         self.running = Some((agent, token));
     }
 
@@ -132,17 +120,8 @@ impl Host {
 
     pub async fn client(&self) -> Client {
         let tls = self.tls(&certificate(&self.authority));
-        let channel = self
-            .endpoint()
-            .tls_config(tls)
-            .expect("tls")
-            .connect()
-            .await
-            .expect("connects");
-        Client {
-            calls: AgentClient::new(channel),
-            epoch: self.epoch.load(Ordering::Relaxed),
-        }
+        let channel = self.endpoint().tls_config(tls).expect("tls").connect().await.expect("connects");
+        Client { calls: AgentClient::new(channel), epoch: self.epoch.load(Ordering::Relaxed) }
     }
 
     pub fn domain_dir(&self, vm: Uuid) -> PathBuf {
@@ -151,11 +130,7 @@ impl Host {
 
     pub fn pid(&self, vm: Uuid) -> i32 {
         let path = self.domain_dir(vm).join("qemu.pid");
-        fs::read_to_string(&path)
-            .expect("pid file")
-            .trim()
-            .parse()
-            .expect("pid")
+        fs::read_to_string(&path).expect("pid file").trim().parse().expect("pid")
     }
 
     pub fn console(&self, vm: Uuid) -> String {
@@ -166,10 +141,20 @@ impl Host {
     /// Waits until the guest has shown `count` signs of life.
     pub async fn heartbeats(&self, vm: Uuid, count: usize) {
         let what = format!("{count} heartbeats of the guest");
-        eventually(&what, || {
-            self.console(vm).matches("XENITH-GUEST ").count() >= count
-        })
-        .await;
+        eventually(&what, || self.console(vm).matches("XENITH-GUEST ").count() >= count).await;
+    }
+
+    /// Waits until the guest has booted `count` times: its seconds begin anew.
+    pub async fn boots(&self, vm: Uuid, count: usize) {
+        let seconds = |text: &str| -> Vec<u64> {
+            let lines = text.lines().filter_map(|line| line.trim().strip_prefix("XENITH-GUEST "));
+            lines.filter_map(|number| number.parse().ok()).collect()
+        };
+        let boots = |text: &str| {
+            let seconds = seconds(text);
+            seconds.windows(2).filter(|pair| pair[1] <= pair[0]).count() + usize::from(!seconds.is_empty())
+        };
+        eventually(&format!("boot {count} of the guest"), || boots(&self.console(vm)) >= count).await;
     }
 
     /// What lives in this host's domains' directories.
@@ -180,10 +165,7 @@ impl Host {
                 .is_ok_and(|cwd| !domains.as_os_str().is_empty() && cwd.starts_with(&domains))
         };
         let entries = fs::read_dir("/proc").expect("proc").filter_map(Result::ok);
-        entries
-            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-            .filter(|pid| below(*pid))
-            .collect()
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(|pid| below(*pid)).collect()
     }
 
     pub fn order(&self, text: &str) {
@@ -205,10 +187,7 @@ impl Drop for Host {
 }
 
 pub fn kill(pid: i32) {
-    let _ = nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(pid),
-        nix::sys::signal::Signal::SIGKILL,
-    );
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
 }
 
 /// Waits for something to become true, and says what it was if it does not.
@@ -233,32 +212,17 @@ pub fn operation() -> String {
 
 impl Client {
     pub async fn hello(&mut self) -> Result<HelloReply, Status> {
-        let request = HelloRequest {
-            version: 1,
-            pool: POOL.to_owned(),
-            epoch: self.epoch,
-        };
-        self.calls
-            .hello(request)
-            .await
-            .map(tonic::Response::into_inner)
+        let request = HelloRequest { version: 1, pool: POOL.to_owned(), epoch: self.epoch };
+        self.calls.hello(request).await.map(tonic::Response::into_inner)
     }
 
     pub async fn watch(&mut self) -> Watching {
-        let request = WatchRequest {
-            pool: POOL.to_owned(),
-            epoch: self.epoch,
-        };
+        let request = WatchRequest { pool: POOL.to_owned(), epoch: self.epoch };
         let stream = self.calls.watch(request).await.expect("watch").into_inner();
         Watching { stream }
     }
 
-    pub async fn step_as(
-        &mut self,
-        operation: &str,
-        vm: Uuid,
-        action: Action,
-    ) -> Result<DomainState, Refusal> {
+    pub async fn step_as(&mut self, operation: &str, vm: Uuid, action: Action) -> Result<DomainState, Refusal> {
         let step = Step {
             pool: POOL.to_owned(),
             epoch: self.epoch,
@@ -267,15 +231,7 @@ impl Client {
             traceparent: String::new(),
             action: Some(action),
         };
-        match self
-            .calls
-            .perform(step)
-            .await
-            .expect("call")
-            .into_inner()
-            .result
-            .expect("outcome")
-        {
+        match self.calls.perform(step).await.expect("call").into_inner().result.expect("outcome") {
             outcome::Result::Domain(state) => Ok(state),
             outcome::Result::Refusal(refusal) => Err(refusal),
         }
@@ -292,13 +248,8 @@ pub struct Watching {
 
 impl Watching {
     pub async fn next(&mut self) -> Event {
-        let next = tokio::time::timeout(PATIENCE, self.stream.message())
-            .await
-            .expect("an event in time");
-        next.expect("stream lives")
-            .expect("stream goes on")
-            .event
-            .expect("event")
+        let next = tokio::time::timeout(PATIENCE, self.stream.message()).await.expect("an event in time");
+        next.expect("stream lives").expect("stream goes on").event.expect("event")
     }
 
     /// The first event: all domains.
@@ -311,7 +262,10 @@ impl Watching {
 
     /// The next change.
     pub async fn change(&mut self) -> DomainState {
+        // Beats go on for ever, so each of them in time is not enough.
+        let deadline = Instant::now() + PATIENCE;
         loop {
+            assert!(Instant::now() < deadline, "no change in time");
             match self.next().await {
                 Event::Domain(state) => return state,
                 Event::Beat(_) => {}
@@ -368,17 +322,11 @@ pub fn guest() -> &'static Path {
 }
 
 pub fn start(spec: DomainSpec) -> Action {
-    Action::Start(StartDomain {
-        spec: Some(spec),
-        paused: false,
-    })
+    Action::Start(StartDomain { spec: Some(spec), paused: false })
 }
 
 pub fn start_paused(spec: DomainSpec) -> Action {
-    Action::Start(StartDomain {
-        spec: Some(spec),
-        paused: true,
-    })
+    Action::Start(StartDomain { spec: Some(spec), paused: true })
 }
 
 pub fn pause() -> Action {
@@ -394,17 +342,11 @@ pub fn destroy() -> Action {
 }
 
 pub fn shutdown(limit: Duration) -> Action {
-    Action::Shutdown(ShutdownDomain {
-        timeout_ms: u64::try_from(limit.as_millis()).expect("limit"),
-    })
+    Action::Shutdown(ShutdownDomain { timeout_ms: u64::try_from(limit.as_millis()).expect("limit") })
 }
 
 pub fn reboot(clean: bool, spec: Option<DomainSpec>) -> Action {
-    Action::Reboot(RebootDomain {
-        clean,
-        timeout_ms: 60_000,
-        spec,
-    })
+    Action::Reboot(RebootDomain { clean, timeout_ms: 60_000, spec })
 }
 
 pub fn distinct<T: std::hash::Hash + Eq>(values: impl IntoIterator<Item = T>) -> HashSet<T> {

@@ -37,31 +37,19 @@ pub(super) struct Description {
 impl Description {
     /// A description of a domain that is being built.
     pub fn new(spec: DomainSpec, state: DomainState) -> Self {
-        Self {
-            format: FORMAT,
-            phase: Phase::Building,
-            spec,
-            state,
-        }
+        Self { format: FORMAT, phase: Phase::Building, spec, state }
     }
 
     /// Writes it. The loss of power ends domains anyway, so page cache is enough.
     pub fn save(&self, dir: &Path) -> io::Result<()> {
-        files::replace(
-            &dir.join("domain.json"),
-            &serde_json::to_vec_pretty(self)?,
-            Durability::Process,
-        )
+        files::replace(&dir.join("domain.json"), &serde_json::to_vec_pretty(self)?, Durability::Process)
     }
 
     /// Reads it; a newer format is an error.
     pub fn load(dir: &Path) -> io::Result<Self> {
         let description: Self = serde_json::from_slice(&fs::read(dir.join("domain.json"))?)?;
         if description.format > FORMAT {
-            return Err(io::Error::other(format!(
-                "domain.json has the newer format {}",
-                description.format
-            )));
+            return Err(io::Error::other(format!("domain.json has the newer format {}", description.format)));
         }
         Ok(description)
     }

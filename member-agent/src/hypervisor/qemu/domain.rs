@@ -124,18 +124,7 @@ impl Domain {
         };
         let dir = dir.to_owned();
         let reconnect = Instant::now() + RECONNECT;
-        Self {
-            description,
-            dir,
-            process,
-            child,
-            qmp,
-            events,
-            shared,
-            asked: None,
-            ending: None,
-            reconnect,
-        }
+        Self { description, dir, process, child, qmp, events, shared, asked: None, ending: None, reconnect }
     }
 
     /// The VM it is the domain of.
@@ -188,14 +177,8 @@ impl Domain {
     }
 
     async fn command(&self, name: &'static str) -> Result<(), Refusal> {
-        let qmp = self
-            .qmp
-            .as_ref()
-            .ok_or_else(|| Refusal::failed(QmpError::Closed))?;
-        qmp.execute(name, json!({}), COMMAND)
-            .await
-            .map(drop)
-            .map_err(Refusal::failed)
+        let qmp = self.qmp.as_ref().ok_or_else(|| Refusal::failed(QmpError::Closed))?;
+        qmp.execute(name, json!({}), COMMAND).await.map(drop).map_err(Refusal::failed)
     }
 
     async fn on_request(&mut self, request: Request) {
@@ -204,10 +187,7 @@ impl Domain {
             if request.kind == StepKind::Destroy {
                 ending.answers.push(request.answer);
             } else {
-                answer(
-                    request.answer,
-                    Err(Refusal::no_such_domain(self.description.state.vm)),
-                );
+                answer(request.answer, Err(Refusal::no_such_domain(self.description.state.vm)));
             }
             return;
         }
@@ -216,15 +196,7 @@ impl Domain {
         }
         match request.kind {
             StepKind::Start => answer(request.answer, Err(Refusal::new(Reason::DomainExists, ""))),
-            StepKind::Destroy => {
-                self.end(
-                    Power::Halted,
-                    &request.by,
-                    "destroyed",
-                    vec![request.answer],
-                )
-                .await
-            }
+            StepKind::Destroy => self.end(Power::Halted, &request.by, "destroyed", vec![request.answer]).await,
             StepKind::Pause => {
                 let done = self.command("stop").await;
                 self.conclude(request, done, Power::Paused);
@@ -254,18 +226,13 @@ impl Domain {
 
     async fn ask_guest(&mut self, request: Request) {
         if self.asked.is_some() {
-            let refusal =
-                Refusal::failed("the guest has been asked already and has not done it yet");
+            let refusal = Refusal::failed("the guest has been asked already and has not done it yet");
             return answer(request.answer, Err(refusal));
         }
         match self.command("system_powerdown").await {
             Ok(()) => {
                 let now = Instant::now();
-                self.asked = Some(Asked {
-                    deadline: now + request.limit,
-                    press: now + PRESS_AGAIN,
-                    request,
-                });
+                self.asked = Some(Asked { deadline: now + request.limit, press: now + PRESS_AGAIN, request });
             }
             Err(refusal) => answer(request.answer, Err(refusal)),
         }
@@ -283,14 +250,8 @@ impl Domain {
 
     fn time_is_up(&mut self) {
         if let Some(asked) = self.asked.take() {
-            let detail = format!(
-                "the guest did not obey within {} ms",
-                asked.request.limit.as_millis()
-            );
-            answer(
-                asked.request.answer,
-                Err(Refusal::new(Reason::TimedOut, detail)),
-            );
+            let detail = format!("the guest did not obey within {} ms", asked.request.limit.as_millis());
+            answer(asked.request.answer, Err(Refusal::new(Reason::TimedOut, detail)));
         }
     }
 
@@ -332,9 +293,7 @@ impl Domain {
             "shutdown" => return self.guest_went("guest-shutdown").await,
             "guest-panicked" => return self.guest_panicked().await,
             "internal-error" => {
-                return self
-                    .end(Power::Crashed, "", "internal-error", Vec::new())
-                    .await;
+                return self.end(Power::Crashed, "", "internal-error", Vec::new()).await;
             }
             "running" | "suspended" => (Power::Running, ""),
             "io-error" => (Power::Paused, "io-error"),
@@ -374,8 +333,7 @@ impl Domain {
         if self.description.spec.on_crash == Action::Restart && !too_soon {
             self.restart_or_end(Power::Crashed, "guest-panic").await;
         } else {
-            self.end(Power::Crashed, "", "guest-panic", Vec::new())
-                .await;
+            self.end(Power::Crashed, "", "guest-panic", Vec::new()).await;
         }
     }
 
@@ -400,25 +358,13 @@ impl Domain {
     }
 
     /// Ends the process: asked first, so that images are closed in order, then by force.
-    async fn end(
-        &mut self,
-        power: Power,
-        by: &str,
-        reason: &str,
-        answers: Vec<oneshot::Sender<Answer>>,
-    ) {
+    async fn end(&mut self, power: Power, by: &str, reason: &str, answers: Vec<oneshot::Sender<Answer>>) {
         let (by, reason) = (by.to_owned(), reason.to_owned());
         let asked = match &self.qmp {
             Some(qmp) => qmp.execute("quit", json!({}), QUIT).await.is_ok(),
             None => false,
         };
-        self.ending = Some(Ending {
-            power,
-            by,
-            reason,
-            kill: Some(Instant::now() + QUIT),
-            answers,
-        });
+        self.ending = Some(Ending { power, by, reason, kill: Some(Instant::now() + QUIT), answers });
         if !asked {
             self.end_by_force();
         }
@@ -476,31 +422,15 @@ impl Domain {
 
     /// Nobody here ended the process. Its last words may still be in the queue.
     fn unasked_end(&mut self) -> Ending {
-        let status = self
-            .child
-            .as_mut()
-            .and_then(|child| child.try_wait().ok().flatten());
-        let mut end = (
-            Power::Crashed,
-            status.map_or_else(|| "killed".to_owned(), |status| status.to_string()),
-        );
+        let status = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+        let mut end = (Power::Crashed, status.map_or_else(|| "killed".to_owned(), |status| status.to_string()));
         while let Ok(event) = self.events.try_recv() {
             if event.name == "SHUTDOWN" {
-                let power = if event.flag("guest") {
-                    Power::Halted
-                } else {
-                    Power::Crashed
-                };
+                let power = if event.flag("guest") { Power::Halted } else { Power::Crashed };
                 end = (power, event.text("reason").to_owned());
             }
         }
-        Ending {
-            power: end.0,
-            by: String::new(),
-            reason: end.1,
-            kill: None,
-            answers: Vec::new(),
-        }
+        Ending { power: end.0, by: String::new(), reason: end.1, kill: None, answers: Vec::new() }
     }
 }
 

@@ -57,10 +57,7 @@ pub(super) fn spawn(binary: &Path, dir: &Path, arguments: &[String]) -> io::Resu
 /// Refuses what this driver cannot build.
 pub(super) fn check(spec: &DomainSpec) -> Result<(), Refusal> {
     if !matches!(spec.firmware.as_str(), "" | "bios") {
-        return Err(Refusal::new(
-            Reason::Unsupported,
-            format!("firmware {:?}", spec.firmware),
-        ));
+        return Err(Refusal::new(Reason::Unsupported, format!("firmware {:?}", spec.firmware)));
     }
     if spec.memory() == 0 {
         return Err(Refusal::new(Reason::BootFailed, "a domain needs memory"));
@@ -77,40 +74,15 @@ pub(super) fn arguments(spec: &DomainSpec, accelerator: Accelerator) -> Vec<Stri
     line.words(&accelerator.arguments());
     line.add("-m", format!("{}M", spec.memory() / MIB));
     let at_startup = spec.vcpus_at_startup.max(1);
-    line.add(
-        "-smp",
-        format!(
-            "cpus={at_startup},maxcpus={}",
-            spec.vcpus_max.max(at_startup)
-        ),
-    );
-    line.words(&[
-        "-nodefaults",
-        "-no-user-config",
-        "-S",
-        "-pidfile",
-        "qemu.pid",
-    ]);
-    line.add(
-        "-sandbox",
-        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-    );
+    line.add("-smp", format!("cpus={at_startup},maxcpus={}", spec.vcpus_max.max(at_startup)));
+    line.words(&["-nodefaults", "-no-user-config", "-S", "-pidfile", "qemu.pid"]);
+    line.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
 
-    let reboot = if spec.on_reboot == Action::Restart {
-        "reset"
-    } else {
-        "shutdown"
-    };
-    line.add(
-        "-action",
-        format!("shutdown=pause,reboot={reboot},panic=pause"),
-    );
+    let reboot = if spec.on_reboot == Action::Restart { "reset" } else { "shutdown" };
+    line.add("-action", format!("shutdown=pause,reboot={reboot},panic=pause"));
     line.add("-device", "pvpanic");
     line.add("-qmp", "unix:qmp,server=on,wait=off");
-    line.add(
-        "-chardev",
-        "socket,id=console,path=console,server=on,wait=off,logfile=console.log,logappend=on",
-    );
+    line.add("-chardev", "socket,id=console,path=console,server=on,wait=off,logfile=console.log,logappend=on");
     line.add("-serial", "chardev:console");
     line.add("-device", "VGA,vgamem_mb=8");
     line.add("-vnc", "unix:vnc");
@@ -131,11 +103,7 @@ fn boot(line: &mut Line, spec: &DomainSpec) {
             line.add("-append", spec.kernel_args.clone());
         }
     }
-    let order: String = spec
-        .boot_order
-        .chars()
-        .filter(|letter| "cdn".contains(*letter))
-        .collect();
+    let order: String = spec.boot_order.chars().filter(|letter| "cdn".contains(*letter)).collect();
     if !order.is_empty() {
         line.add("-boot", format!("order={order}"));
     }
@@ -144,26 +112,14 @@ fn boot(line: &mut Line, spec: &DomainSpec) {
 fn disks(line: &mut Line, spec: &DomainSpec) {
     for (number, disk) in spec.disks.iter().enumerate() {
         let node = format!("disk{number}");
-        let bus = if disk.cdrom {
-            "ide-cd"
-        } else {
-            "virtio-blk-pci"
-        };
+        let bus = if disk.cdrom { "ide-cd" } else { "virtio-blk-pci" };
         if disk.path.is_empty() {
             line.add("-device", format!("{bus},id={node}"));
             continue;
         }
-        let format = if disk.path.ends_with(".qcow2") {
-            "qcow2"
-        } else {
-            "raw"
-        };
+        let format = if disk.path.ends_with(".qcow2") { "qcow2" } else { "raw" };
         let read_only = disk.read_only || disk.cdrom;
-        let protocol = if disk.path.starts_with("/dev/") {
-            "host_device"
-        } else {
-            "file"
-        };
+        let protocol = if disk.path.starts_with("/dev/") { "host_device" } else { "file" };
         let backend = json!({
             "driver": format,
             "node-name": node,
@@ -172,25 +128,15 @@ fn disks(line: &mut Line, spec: &DomainSpec) {
         });
         line.add("-blockdev", backend.to_string());
         let serial = escaped(&disk.device);
-        line.add(
-            "-device",
-            format!("{bus},id={node}-{serial},drive={node},serial={serial}"),
-        );
+        line.add("-device", format!("{bus},id={node}-{serial},drive={node},serial={serial}"));
     }
 }
 
 fn nics(line: &mut Line, spec: &DomainSpec) {
     for (number, vif) in spec.vifs.iter().enumerate() {
         line.add("-netdev", format!("user,id=net{number},restrict=on"));
-        let mac = if vif.mac.is_empty() {
-            String::new()
-        } else {
-            format!(",mac={}", escaped(&vif.mac))
-        };
-        line.add(
-            "-device",
-            format!("virtio-net-pci,netdev=net{number},romfile={mac}"),
-        );
+        let mac = if vif.mac.is_empty() { String::new() } else { format!(",mac={}", escaped(&vif.mac)) };
+        line.add("-device", format!("virtio-net-pci,netdev=net{number},romfile={mac}"));
     }
 }
 
@@ -225,69 +171,34 @@ mod tests {
 
     #[test]
     fn a_name_cannot_smuggle_in_options() {
-        let spec = DomainSpec {
-            name: "a,process=init".into(),
-            ..DomainSpec::default()
-        };
-        assert_eq!(
-            value(&arguments(&spec, Accelerator::Tcg), "-name"),
-            Some("guest=a,,process=init")
-        );
+        let spec = DomainSpec { name: "a,process=init".into(), ..DomainSpec::default() };
+        assert_eq!(value(&arguments(&spec, Accelerator::Tcg), "-name"), Some("guest=a,,process=init"));
     }
 
     #[test]
     fn a_disk_path_is_taken_as_it_is() {
-        let disk = Disk {
-            device: "xvda".into(),
-            path: "/a,b\"c.raw".into(),
-            ..Disk::default()
-        };
-        let spec = DomainSpec {
-            disks: vec![disk],
-            ..DomainSpec::default()
-        };
+        let disk = Disk { device: "xvda".into(), path: "/a,b\"c.raw".into(), ..Disk::default() };
+        let spec = DomainSpec { disks: vec![disk], ..DomainSpec::default() };
         let arguments = arguments(&spec, Accelerator::Tcg);
         let backend: serde_json::Value =
             serde_json::from_str(value(&arguments, "-blockdev").expect("disk")).expect("JSON");
         assert_eq!(backend["file"]["filename"], "/a,b\"c.raw");
-        assert_eq!(
-            (&backend["driver"], &backend["read-only"]),
-            (&json!("raw"), &json!(false))
-        );
+        assert_eq!((&backend["driver"], &backend["read-only"]), (&json!("raw"), &json!(false)));
     }
 
     #[test]
     fn a_guest_that_reboots_ends_its_domain_unless_it_may_restart() {
-        let spec = DomainSpec {
-            on_reboot: Action::Restart,
-            ..DomainSpec::default()
-        };
+        let spec = DomainSpec { on_reboot: Action::Restart, ..DomainSpec::default() };
         let restart = arguments(&spec, Accelerator::Tcg);
         let destroy = arguments(&DomainSpec::default(), Accelerator::Tcg);
-        assert_eq!(
-            value(&restart, "-action"),
-            Some("shutdown=pause,reboot=reset,panic=pause")
-        );
-        assert_eq!(
-            value(&destroy, "-action"),
-            Some("shutdown=pause,reboot=shutdown,panic=pause")
-        );
+        assert_eq!(value(&restart, "-action"), Some("shutdown=pause,reboot=reset,panic=pause"));
+        assert_eq!(value(&destroy, "-action"), Some("shutdown=pause,reboot=shutdown,panic=pause"));
     }
 
     #[test]
     fn there_is_always_a_vcpu_and_never_fewer_slots_than_vcpus() {
-        let spec = DomainSpec {
-            vcpus_at_startup: 2,
-            vcpus_max: 1,
-            ..DomainSpec::default()
-        };
-        assert_eq!(
-            value(&arguments(&spec, Accelerator::Kvm), "-smp"),
-            Some("cpus=2,maxcpus=2")
-        );
-        assert_eq!(
-            value(&arguments(&DomainSpec::default(), Accelerator::Kvm), "-smp"),
-            Some("cpus=1,maxcpus=1")
-        );
+        let spec = DomainSpec { vcpus_at_startup: 2, vcpus_max: 1, ..DomainSpec::default() };
+        assert_eq!(value(&arguments(&spec, Accelerator::Kvm), "-smp"), Some("cpus=2,maxcpus=2"));
+        assert_eq!(value(&arguments(&DomainSpec::default(), Accelerator::Kvm), "-smp"), Some("cpus=1,maxcpus=1"));
     }
 }

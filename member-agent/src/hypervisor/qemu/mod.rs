@@ -62,15 +62,11 @@ pub(super) fn present(config: &Config) -> bool {
     if binary.components().count() > 1 {
         return binary.exists();
     }
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(&binary).exists()))
+    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(&binary).exists()))
 }
 
 fn binary(config: &Config) -> PathBuf {
-    config
-        .qemu_binary
-        .clone()
-        .unwrap_or_else(|| PathBuf::from("qemu-system-x86_64"))
+    config.qemu_binary.clone().unwrap_or_else(|| PathBuf::from("qemu-system-x86_64"))
 }
 
 impl Qemu {
@@ -81,9 +77,7 @@ impl Qemu {
         let accelerator = match site.config.accelerator {
             AcceleratorChoice::Kvm => Accelerator::Kvm,
             AcceleratorChoice::Tcg => Accelerator::Tcg,
-            AcceleratorChoice::Auto => {
-                probe::accelerator(&binary, &version, &site.config.state_dir).await
-            }
+            AcceleratorChoice::Auto => probe::accelerator(&binary, &version, &site.config.state_dir).await,
         };
         let domains = site.config.state_dir.join("domains");
         fs::create_dir_all(&domains)?;
@@ -94,14 +88,7 @@ impl Qemu {
             shutdown: site.shutdown,
         };
         let ids = DomainIds::open(&site.config.state_dir, &site.boot_id)?;
-        let driver = Self {
-            binary,
-            version,
-            accelerator,
-            domains: fs::canonicalize(domains)?,
-            ids,
-            shared,
-        };
+        let driver = Self { binary, version, accelerator, domains: fs::canonicalize(domains)?, ids, shared };
         driver.find_again().await?;
         Ok(driver)
     }
@@ -118,8 +105,7 @@ impl Qemu {
                     found.push(self.take_in(description, dir.clone(), *pid));
                 }
                 (description, _) => {
-                    let why = description
-                        .map_or_else(|error| error.to_string(), |it| format!("{:?}", it.phase));
+                    let why = description.map_or_else(|error| error.to_string(), |it| format!("{:?}", it.phase));
                     tracing::info!(dir = %dir.display(), ?pids, why, "this is no domain any more");
                     take_down(&pids).await;
                     fs::remove_dir_all(&dir)?;
@@ -176,14 +162,7 @@ impl Qemu {
         match built {
             Ok((description, process, child, link)) => {
                 let (state, pid) = (description.state.clone(), process.pid());
-                let domain = Domain::new(
-                    description,
-                    &dir,
-                    process,
-                    Some(child),
-                    Some(link),
-                    self.shared.clone(),
-                );
+                let domain = Domain::new(description, &dir, process, Some(child), Some(link), self.shared.clone());
                 self.look_after(domain, || reservation.settle(state.clone()));
                 tracing::info!(vm = %state.vm, domid = state.domid, pid, "a domain is there");
                 Ok(state)
@@ -214,10 +193,7 @@ impl Qemu {
         let boot_failed = |what: String| Refusal::new(Reason::BootFailed, what);
         let mut child = launch::spawn(&self.binary, dir, &arguments)
             .map_err(|error| boot_failed(format!("{}: {error}", self.binary.display())))?;
-        let pid = child
-            .id()
-            .and_then(|pid| i32::try_from(pid).ok())
-            .ok_or_else(|| boot_failed("no process".into()))?;
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| boot_failed("no process".into()))?;
         let process = Process::open(pid).map_err(Refusal::failed)?;
 
         let linked = tokio::select! {
@@ -241,45 +217,23 @@ impl Qemu {
     }
 
     /// Waits for QEMU to answer, and lets the vCPUs run.
-    async fn switch_on(
-        &self,
-        dir: &Path,
-        paused: bool,
-    ) -> Result<(Qmp, mpsc::Receiver<Event>), Refusal> {
-        let failed = |error: qmp::QmpError| {
-            Refusal::new(Reason::BootFailed, format!("{error}: {}", said(dir)))
-        };
-        let link = Qmp::connect(dir, LAUNCH, &self.shared.tasks)
-            .await
-            .map_err(failed)?;
+    async fn switch_on(&self, dir: &Path, paused: bool) -> Result<(Qmp, mpsc::Receiver<Event>), Refusal> {
+        let failed = |error: qmp::QmpError| Refusal::new(Reason::BootFailed, format!("{error}: {}", said(dir)));
+        let link = Qmp::connect(dir, LAUNCH, &self.shared.tasks).await.map_err(failed)?;
         if !paused {
-            link.0
-                .execute("cont", json!({}), LAUNCH)
-                .await
-                .map_err(failed)?;
+            link.0.execute("cont", json!({}), LAUNCH).await.map_err(failed)?;
         }
         Ok(link)
     }
 
-    fn first_state(
-        &self,
-        spec: &DomainSpec,
-        dir: &Path,
-        domid: i64,
-        paused: bool,
-        by: &str,
-    ) -> DomainState {
+    fn first_state(&self, spec: &DomainSpec, dir: &Path, domid: i64, paused: bool, by: &str) -> DomainState {
         let console = |protocol: &str, socket: &str| super::domain::Console {
             protocol: protocol.to_owned(),
             location: format!("unix:{}", dir.join(socket).display()),
         };
         DomainState {
             vm: spec.vm,
-            power: if paused {
-                Power::Paused
-            } else {
-                Power::Running
-            },
+            power: if paused { Power::Paused } else { Power::Running },
             domid,
             memory_actual: spec.memory(),
             start_time: unix_seconds(),
@@ -299,28 +253,14 @@ impl Qemu {
         limit: Duration,
         by: &str,
     ) -> Result<DomainState, Refusal> {
-        let handle = self
-            .shared
-            .handles
-            .lock()
-            .get(&vm)
-            .cloned()
-            .ok_or_else(|| Refusal::no_such_domain(vm))?;
+        let handle = self.shared.handles.lock().get(&vm).cloned().ok_or_else(|| Refusal::no_such_domain(vm))?;
         let (answer, answered) = oneshot::channel();
-        let request = Request {
-            kind,
-            clean,
-            limit,
-            by: by.to_owned(),
-            answer,
-        };
+        let request = Request { kind, clean, limit, by: by.to_owned(), answer };
         // A task that has just ended takes no request: the domain is gone.
         let late = |_| Refusal::new(Reason::TimedOut, "the domain's QEMU does not answer");
         let sent = timeout(STEP, handle.send(request)).await.map_err(late)?;
         sent.map_err(|_| Refusal::no_such_domain(vm))?;
-        let outcome = timeout(limit.saturating_add(STEP), answered)
-            .await
-            .map_err(late)?;
+        let outcome = timeout(limit.saturating_add(STEP), answered).await.map_err(late)?;
         outcome.unwrap_or_else(|_| Err(Refusal::no_such_domain(vm)))
     }
 }
@@ -340,12 +280,7 @@ impl Hypervisor for Qemu {
         &self.shared.roster
     }
 
-    async fn start(
-        &self,
-        spec: DomainSpec,
-        paused: bool,
-        by: &str,
-    ) -> Result<DomainState, Refusal> {
+    async fn start(&self, spec: DomainSpec, paused: bool, by: &str) -> Result<DomainState, Refusal> {
         launch::check(&spec)?;
         let reservation = self.shared.roster.reserve(spec.vm, spec.memory())?;
         self.build(spec, paused, by, reservation).await
@@ -353,25 +288,18 @@ impl Hypervisor for Qemu {
 
     async fn destroy(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
         self.shared.roster.cancel_building(vm, STEP).await?;
-        match self
-            .ask(vm, StepKind::Destroy, false, Duration::ZERO, by)
-            .await
-        {
-            Err(refusal) if refusal.reason == Reason::NoSuchDomain => {
-                Ok(DomainState::halted(vm, by, ""))
-            }
+        match self.ask(vm, StepKind::Destroy, false, Duration::ZERO, by).await {
+            Err(refusal) if refusal.reason == Reason::NoSuchDomain => Ok(DomainState::halted(vm, by, "")),
             outcome => outcome,
         }
     }
 
     async fn pause(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
-        self.ask(vm, StepKind::Pause, false, Duration::ZERO, by)
-            .await
+        self.ask(vm, StepKind::Pause, false, Duration::ZERO, by).await
     }
 
     async fn unpause(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
-        self.ask(vm, StepKind::Unpause, false, Duration::ZERO, by)
-            .await
+        self.ask(vm, StepKind::Unpause, false, Duration::ZERO, by).await
     }
 
     async fn shutdown(&self, vm: Uuid, limit: Duration, by: &str) -> Result<DomainState, Refusal> {
@@ -379,9 +307,7 @@ impl Hypervisor for Qemu {
     }
 
     async fn reboot(&self, vm: Uuid, reboot: Reboot, by: &str) -> Result<DomainState, Refusal> {
-        let running = Description::load(&self.domains.join(vm.to_string()))
-            .ok()
-            .map(|kept| kept.spec);
+        let running = Description::load(&self.domains.join(vm.to_string())).ok().map(|kept| kept.spec);
         match reboot.spec {
             // Another machine: the old one goes as asked, then the new one is built.
             Some(spec) if running.is_some_and(|running| !running.same_machine(&spec)) => {
@@ -393,10 +319,7 @@ impl Hypervisor for Qemu {
                 }
                 self.start(spec, false, by).await
             }
-            _ => {
-                self.ask(vm, StepKind::Reboot, reboot.clean, reboot.limit, by)
-                    .await
-            }
+            _ => self.ask(vm, StepKind::Reboot, reboot.clean, reboot.limit, by).await,
         }
     }
 }
@@ -404,11 +327,7 @@ impl Hypervisor for Qemu {
 /// What QEMU wrote before it ended.
 fn said(dir: &Path) -> String {
     let said = files::tail(&dir.join("qemu.log"), 2000);
-    if said.is_empty() {
-        "QEMU ended without a word".to_owned()
-    } else {
-        said
-    }
+    if said.is_empty() { "QEMU ended without a word".to_owned() } else { said }
 }
 
 /// Ends processes that are no domains, and waits a moment for their end.
@@ -428,24 +347,11 @@ async fn take_down(pids: &[i32]) {
 
 /// Asks QEMU for its version: "7.2.22".
 async fn version(binary: &Path) -> Result<String, OpenError> {
-    let failed = |why: String| OpenError::Program {
-        program: binary.display().to_string(),
-        why,
-    };
-    let call = Command::new(binary)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let output = timeout(LAUNCH, call)
-        .await
-        .map_err(|_| failed("no answer".into()))?;
+    let failed = |why: String| OpenError::Program { program: binary.display().to_string(), why };
+    let call = Command::new(binary).arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = timeout(LAUNCH, call).await.map_err(|_| failed("no answer".into()))?;
     let output = output.map_err(|error| failed(error.to_string()))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let version = text
-        .split_once("version ")
-        .and_then(|(_, rest)| rest.split_whitespace().next());
-    version
-        .map(str::to_owned)
-        .ok_or_else(|| failed(String::from_utf8_lossy(&output.stderr).into_owned()))
+    let version = text.split_once("version ").and_then(|(_, rest)| rest.split_whitespace().next());
+    version.map(str::to_owned).ok_or_else(|| failed(String::from_utf8_lossy(&output.stderr).into_owned()))
 }

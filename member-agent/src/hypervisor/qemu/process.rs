@@ -59,11 +59,7 @@ pub(super) fn living_in(domains: &Path) -> io::Result<HashMap<PathBuf, Vec<i32>>
     let mut found: HashMap<PathBuf, Vec<i32>> = HashMap::new();
     for entry in fs::read_dir("/proc")? {
         let Ok(entry) = entry else { continue };
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<i32>().ok())
-        else {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
             continue;
         };
         // Processes of other users, and such that have just ended, say nothing.
@@ -84,10 +80,8 @@ pub(super) fn living_in(domains: &Path) -> io::Result<HashMap<PathBuf, Vec<i32>>
 
 /// Somebody's shell may stand in the directory too: only who carries the VM's uuid is its domain.
 fn has_argument(process: &Path, wanted: &str) -> bool {
-    fs::read(process.join("cmdline")).is_ok_and(|line| {
-        line.split(|byte| *byte == 0)
-            .any(|argument| argument == wanted.as_bytes())
-    })
+    fs::read(process.join("cmdline"))
+        .is_ok_and(|line| line.split(|byte| *byte == 0).any(|argument| argument == wanted.as_bytes()))
 }
 
 #[cfg(test)]
@@ -103,11 +97,7 @@ mod tests {
         fs::create_dir(&home).expect("directory");
         let spawn = |script: &str, name: &str| {
             let mut command = Command::new("sh");
-            command
-                .args(["-c", script, name])
-                .current_dir(&home)
-                .stdin(Stdio::piped())
-                .kill_on_drop(true);
+            command.args(["-c", script, name]).current_dir(&home).stdin(Stdio::piped()).kill_on_drop(true);
             command.spawn().expect("spawn")
         };
         let mut domain = spawn("read line; exit", "vm-one");

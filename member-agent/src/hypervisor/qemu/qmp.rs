@@ -52,18 +52,12 @@ pub(super) struct Event {
 impl Event {
     /// A text from the event's data; empty when there is none.
     pub fn text(&self, key: &str) -> &str {
-        self.data
-            .get(key)
-            .and_then(Value::as_str)
-            .unwrap_or_default()
+        self.data.get(key).and_then(Value::as_str).unwrap_or_default()
     }
 
     /// A flag from the event's data.
     pub fn flag(&self, key: &str) -> bool {
-        self.data
-            .get(key)
-            .and_then(Value::as_bool)
-            .unwrap_or_default()
+        self.data.get(key).and_then(Value::as_bool).unwrap_or_default()
     }
 }
 
@@ -113,55 +107,27 @@ impl Qmp {
         };
         let (commands, mailbox) = mpsc::channel(16);
         let (events, feed) = mpsc::channel(QUEUED_EVENTS);
-        let connection = Connection {
-            stream,
-            events,
-            waiting: HashMap::new(),
-            last_id: 0,
-        };
+        let connection = Connection { stream, events, waiting: HashMap::new(), last_id: 0 };
         tasks.spawn(connection.run(mailbox));
         let qmp = Self { commands };
-        let left = deadline
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_millis(100));
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
         qmp.execute("qmp_capabilities", json!({}), left).await?;
         Ok((qmp, feed))
     }
 
     /// Runs a command and gives what it returns.
-    pub async fn execute(
-        &self,
-        name: &'static str,
-        arguments: Value,
-        limit: Duration,
-    ) -> Result<Value, QmpError> {
+    pub async fn execute(&self, name: &'static str, arguments: Value, limit: Duration) -> Result<Value, QmpError> {
         let deadline = Instant::now() + limit;
         let (answer, answered) = oneshot::channel();
-        let sent = timeout_at(
-            deadline,
-            self.commands.send(Command {
-                name,
-                arguments,
-                answer,
-            }),
-        );
-        sent.await
-            .map_err(|_| QmpError::Late(name))?
-            .map_err(|_| QmpError::Closed)?;
-        timeout_at(deadline, answered)
-            .await
-            .map_err(|_| QmpError::Late(name))?
-            .map_err(|_| QmpError::Closed)?
+        let sent = timeout_at(deadline, self.commands.send(Command { name, arguments, answer }));
+        sent.await.map_err(|_| QmpError::Late(name))?.map_err(|_| QmpError::Closed)?;
+        timeout_at(deadline, answered).await.map_err(|_| QmpError::Late(name))?.map_err(|_| QmpError::Closed)?
     }
 
     /// The run state, in QEMU's words: "running", "paused", "shutdown"…
     pub async fn status(&self, limit: Duration) -> Result<String, QmpError> {
         let answer = self.execute("query-status", json!({}), limit).await?;
-        Ok(answer
-            .get("status")
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_owned())
+        Ok(answer.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
     }
 }
 
@@ -199,8 +165,7 @@ impl Connection {
     async fn send(&mut self, command: Command) -> Result<(), QmpError> {
         self.last_id += 1;
         let id = self.last_id;
-        let mut line = json!({ "execute": command.name, "arguments": command.arguments, "id": id })
-            .to_string();
+        let mut line = json!({ "execute": command.name, "arguments": command.arguments, "id": id }).to_string();
         line.push('\n');
         // Who no longer waits needs no answer.
         self.waiting.retain(|_, answer| !answer.is_closed());
@@ -219,11 +184,7 @@ impl Connection {
                 Err(error) => tracing::warn!(%error, "QEMU said something that is no JSON"),
             }
         }
-        if buffer.len() > LONGEST_LINE {
-            Err(QmpError::Closed)
-        } else {
-            Ok(())
-        }
+        if buffer.len() > LONGEST_LINE { Err(QmpError::Closed) } else { Ok(()) }
     }
 
     fn take(&mut self, message: Message) -> Result<(), QmpError> {
@@ -232,13 +193,7 @@ impl Connection {
             if name == "RESET" && self.events.capacity() < QUEUED_EVENTS / 2 {
                 return Ok(());
             }
-            return self
-                .events
-                .try_send(Event {
-                    name,
-                    data: message.data,
-                })
-                .map_err(|_| QmpError::Closed);
+            return self.events.try_send(Event { name, data: message.data }).map_err(|_| QmpError::Closed);
         }
         if let Some(answer) = message.id.and_then(|id| self.waiting.remove(&id)) {
             let outcome = match message.error {
@@ -264,10 +219,7 @@ mod tests {
         tokio::spawn(async move {
             let (stream, _) = listener.accept().await.expect("accept");
             let (read, mut write) = stream.into_split();
-            write
-                .write_all(b"{\"QMP\": {\"version\": {}}}\n")
-                .await
-                .expect("greet");
+            write.write_all(b"{\"QMP\": {\"version\": {}}}\n").await.expect("greet");
             let mut lines = BufReader::new(read).lines();
             while let Ok(Some(line)) = lines.next_line().await {
                 let command: Value = serde_json::from_str(&line).expect("command");
@@ -281,30 +233,18 @@ mod tests {
     }
 
     fn done(command: &Value) -> String {
-        format!(
-            "{{\"return\": {{\"status\": \"running\"}}, \"id\": {}}}\n",
-            command["id"]
-        )
+        format!("{{\"return\": {{\"status\": \"running\"}}, \"id\": {}}}\n", command["id"])
     }
 
     #[tokio::test]
     async fn answers_find_their_command_and_events_keep_their_order() {
         let dir = tempfile::tempdir().expect("directory");
         play(dir.path(), |command| {
-            vec![
-                "{\"event\": \"STOP\"}\n{\"event\":".into(),
-                " \"RESUME\", \"data\": {}}\n".into(),
-                done(command),
-            ]
+            vec!["{\"event\": \"STOP\"}\n{\"event\":".into(), " \"RESUME\", \"data\": {}}\n".into(), done(command)]
         });
         let tasks = TaskTracker::new();
-        let (qmp, mut events) = Qmp::connect(dir.path(), Duration::from_secs(5), &tasks)
-            .await
-            .expect("connect");
-        assert_eq!(
-            qmp.status(Duration::from_secs(5)).await.expect("status"),
-            "running"
-        );
+        let (qmp, mut events) = Qmp::connect(dir.path(), Duration::from_secs(5), &tasks).await.expect("connect");
+        assert_eq!(qmp.status(Duration::from_secs(5)).await.expect("status"), "running");
         for name in ["STOP", "RESUME", "STOP", "RESUME"] {
             assert_eq!(events.recv().await.expect("event").name, name);
         }
@@ -313,21 +253,10 @@ mod tests {
     #[tokio::test]
     async fn a_silent_qemu_costs_no_more_than_the_limit() {
         let dir = tempfile::tempdir().expect("directory");
-        play(dir.path(), |command| {
-            if command["execute"] == "qmp_capabilities" {
-                vec![done(command)]
-            } else {
-                vec![]
-            }
-        });
+        play(dir.path(), |command| if command["execute"] == "qmp_capabilities" { vec![done(command)] } else { vec![] });
         let tasks = TaskTracker::new();
-        let (qmp, _events) = Qmp::connect(dir.path(), Duration::from_secs(5), &tasks)
-            .await
-            .expect("connect");
-        let error = qmp
-            .status(Duration::from_millis(50))
-            .await
-            .expect_err("silence");
+        let (qmp, _events) = Qmp::connect(dir.path(), Duration::from_secs(5), &tasks).await.expect("connect");
+        let error = qmp.status(Duration::from_millis(50)).await.expect_err("silence");
         assert!(matches!(error, QmpError::Late("query-status")));
     }
 
@@ -335,26 +264,18 @@ mod tests {
     async fn a_reset_storm_does_not_push_out_the_shutdown() {
         let dir = tempfile::tempdir().expect("directory");
         play(dir.path(), |command| {
-            let mut lines =
-                vec!["{\"event\": \"RESET\", \"data\": {\"guest\": true}}\n".repeat(10_000)];
-            lines.push(
-                "{\"event\": \"SHUTDOWN\", \"data\": {\"reason\": \"guest-shutdown\"}}\n".into(),
-            );
+            let mut lines = vec!["{\"event\": \"RESET\", \"data\": {\"guest\": true}}\n".repeat(10_000)];
+            lines.push("{\"event\": \"SHUTDOWN\", \"data\": {\"reason\": \"guest-shutdown\"}}\n".into());
             lines.push(done(command));
             lines
         });
         let tasks = TaskTracker::new();
-        let (_qmp, mut events) = Qmp::connect(dir.path(), Duration::from_secs(5), &tasks)
-            .await
-            .expect("connect");
+        let (_qmp, mut events) = Qmp::connect(dir.path(), Duration::from_secs(5), &tasks).await.expect("connect");
         let mut last = events.recv().await.expect("event");
         while last.name == "RESET" {
             last = events.recv().await.expect("event");
         }
-        assert_eq!(
-            (last.name.as_str(), last.text("reason")),
-            ("SHUTDOWN", "guest-shutdown")
-        );
+        assert_eq!((last.name.as_str(), last.text("reason")), ("SHUTDOWN", "guest-shutdown"));
     }
 
     #[tokio::test]
@@ -365,12 +286,7 @@ mod tests {
             _ => vec!["x".repeat(2 * LONGEST_LINE)],
         });
         let tasks = TaskTracker::new();
-        let (qmp, _events) = Qmp::connect(dir.path(), Duration::from_secs(5), &tasks)
-            .await
-            .expect("connect");
-        assert!(matches!(
-            qmp.status(Duration::from_secs(5)).await,
-            Err(QmpError::Closed)
-        ));
+        let (qmp, _events) = Qmp::connect(dir.path(), Duration::from_secs(5), &tasks).await.expect("connect");
+        assert!(matches!(qmp.status(Duration::from_secs(5)).await, Err(QmpError::Closed)));
     }
 }

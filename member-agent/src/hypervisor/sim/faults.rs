@@ -68,11 +68,7 @@ impl Faults {
     /// Takes up the orders of a state directory.
     pub fn open(state_dir: &Path) -> Self {
         let taken = state_dir.join("sim.taken");
-        Self {
-            path: state_dir.join("sim.toml"),
-            taken,
-            inner: Mutex::default(),
-        }
+        Self { path: state_dir.join("sim.toml"), taken, inner: Mutex::default() }
     }
 
     /// Reads the file if it has changed; gives the domains that are to die.
@@ -93,9 +89,7 @@ impl Faults {
         if fs::read_to_string(&self.taken).is_ok_and(|taken| taken == version) {
             inner.orders.fail_next.clear();
             inner.orders.die.clear();
-        } else if let Err(error) =
-            files::replace(&self.taken, version.as_bytes(), Durability::Process)
-        {
+        } else if let Err(error) = files::replace(&self.taken, version.as_bytes(), Durability::Process) {
             tracing::warn!(%error, "orders may be carried out again after a restart");
         }
         std::mem::take(&mut inner.orders.die)
@@ -105,13 +99,7 @@ impl Faults {
     pub fn delay(&self, step: StepKind) -> Duration {
         let inner = self.inner.lock();
         let orders = &inner.orders;
-        Duration::from_millis(
-            orders
-                .delays_ms
-                .get(&step)
-                .copied()
-                .unwrap_or(orders.delay_ms),
-        )
+        Duration::from_millis(orders.delays_ms.get(&step).copied().unwrap_or(orders.delay_ms))
     }
 
     /// How long a guest takes to obey; none: it does not.
@@ -138,10 +126,7 @@ fn version(path: &Path) -> String {
     fs::metadata(path).map_or_else(
         |_| String::new(),
         |metadata| {
-            let time = metadata
-                .modified()
-                .ok()
-                .and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+            let time = metadata.modified().ok().and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
             format!("{}-{}", time.unwrap_or_default().as_nanos(), metadata.len())
         },
     )
@@ -163,17 +148,13 @@ mod tests {
     fn what_is_ordered_once_happens_once_also_over_a_restart() {
         let dir = tempfile::tempdir().expect("directory");
         let vm = Uuid::from_u128(7);
-        let text = format!(
-            "delay_ms = 5\ndie = [\"{vm}\"]\n[[fail_next]]\nstep = \"start\"\nreason = \"boot-failed\"\n"
-        );
+        let text =
+            format!("delay_ms = 5\ndie = [\"{vm}\"]\n[[fail_next]]\nstep = \"start\"\nreason = \"boot-failed\"\n");
         fs::write(dir.path().join("sim.toml"), text).expect("write");
         let faults = Faults::open(dir.path());
         assert_eq!(faults.refresh(), vec![vm]);
         assert_eq!(faults.refresh(), Vec::<Uuid>::new());
-        assert_eq!(
-            faults.failure(StepKind::Start).expect_err("ordered").reason,
-            Reason::BootFailed
-        );
+        assert_eq!(faults.failure(StepKind::Start).expect_err("ordered").reason, Reason::BootFailed);
         assert_eq!(faults.failure(StepKind::Start), Ok(()));
         let again = Faults::open(dir.path());
         assert_eq!(again.refresh(), Vec::<Uuid>::new());

@@ -50,21 +50,13 @@ impl Sim {
         }
         for entry in fs::read_dir(&domains)? {
             let path = entry?.path();
-            match fs::read(&path)
-                .ok()
-                .and_then(|content| serde_json::from_slice::<DomainState>(&content).ok())
-            {
+            match fs::read(&path).ok().and_then(|content| serde_json::from_slice::<DomainState>(&content).ok()) {
                 Some(state) if same_boot => roster.adopt(state),
                 _ => fs::remove_file(&path)?,
             }
         }
         let ids = DomainIds::open(state_dir, &site.boot_id)?;
-        let sim = Arc::new(Self {
-            roster,
-            ids,
-            faults: Faults::open(state_dir),
-            domains,
-        });
+        let sim = Arc::new(Self { roster, ids, faults: Faults::open(state_dir), domains });
         sim.carry_out_orders();
         let (watching, shutdown) = (Arc::clone(&sim), site.shutdown);
         site.tasks.spawn(async move {
@@ -100,10 +92,7 @@ impl Sim {
     }
 
     fn living(&self, vm: Uuid, step: StepKind, clean: bool) -> Result<DomainState, Refusal> {
-        let state = self
-            .roster
-            .get(vm)
-            .ok_or_else(|| Refusal::no_such_domain(vm))?;
+        let state = self.roster.get(vm).ok_or_else(|| Refusal::no_such_domain(vm))?;
         step.check(state.power, clean)?;
         Ok(state)
     }
@@ -114,11 +103,7 @@ impl Sim {
 
     /// The loss of power ends the domain anyway, so page cache is enough.
     fn keep(&self, state: &DomainState) -> io::Result<()> {
-        files::replace(
-            &self.path(state.vm),
-            &serde_json::to_vec(state)?,
-            Durability::Process,
-        )
+        files::replace(&self.path(state.vm), &serde_json::to_vec(state)?, Durability::Process)
     }
 
     fn forget(&self, last: &DomainState) {
@@ -147,17 +132,9 @@ impl Sim {
     }
 
     /// The guest is asked and obeys, or time is up. Gives the last state, if it went otherwise meanwhile.
-    async fn guest_obeys(
-        &self,
-        vm: Uuid,
-        domid: i64,
-        limit: Duration,
-    ) -> Result<Option<DomainState>, Refusal> {
+    async fn guest_obeys(&self, vm: Uuid, domid: i64, limit: Duration) -> Result<Option<DomainState>, Refusal> {
         let Feed { all, mut changes } = self.roster.feed();
-        if !all
-            .iter()
-            .any(|domain| domain.vm == vm && domain.domid == domid)
-        {
+        if !all.iter().any(|domain| domain.vm == vm && domain.domid == domid) {
             return Err(Refusal::no_such_domain(vm));
         }
         let obeys = async {
@@ -194,24 +171,14 @@ impl Sim {
 impl Hypervisor for Sim {
     fn features(&self) -> Features {
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        Features {
-            name: "sim",
-            version,
-            accelerator: "none",
-            abilities: &[],
-        }
+        Features { name: "sim", version, accelerator: "none", abilities: &[] }
     }
 
     fn roster(&self) -> &Arc<Roster> {
         &self.roster
     }
 
-    async fn start(
-        &self,
-        spec: DomainSpec,
-        paused: bool,
-        by: &str,
-    ) -> Result<DomainState, Refusal> {
+    async fn start(&self, spec: DomainSpec, paused: bool, by: &str) -> Result<DomainState, Refusal> {
         if spec.memory() == 0 {
             return Err(Refusal::new(Reason::BootFailed, "a domain needs memory"));
         }
@@ -221,11 +188,7 @@ impl Hypervisor for Sim {
             () = reservation.cancelled() => return Err(Refusal::failed("destroyed while it was being built")),
         }
         let state = DomainState {
-            power: if paused {
-                Power::Paused
-            } else {
-                Power::Running
-            },
+            power: if paused { Power::Paused } else { Power::Running },
             domid: self.ids.next().map_err(Refusal::failed)?,
             memory_actual: spec.memory(),
             start_time: unix_seconds(),
@@ -249,15 +212,11 @@ impl Hypervisor for Sim {
     }
 
     async fn pause(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
-        self.change(vm, StepKind::Pause, by, |state| state.power = Power::Paused)
-            .await
+        self.change(vm, StepKind::Pause, by, |state| state.power = Power::Paused).await
     }
 
     async fn unpause(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
-        self.change(vm, StepKind::Unpause, by, |state| {
-            state.power = Power::Running
-        })
-        .await
+        self.change(vm, StepKind::Unpause, by, |state| state.power = Power::Running).await
     }
 
     async fn shutdown(&self, vm: Uuid, limit: Duration, by: &str) -> Result<DomainState, Refusal> {
@@ -274,17 +233,10 @@ impl Hypervisor for Sim {
 
     async fn reboot(&self, vm: Uuid, reboot: Reboot, by: &str) -> Result<DomainState, Refusal> {
         let state = self.living(vm, StepKind::Reboot, reboot.clean)?;
-        if reboot.clean
-            && self
-                .guest_obeys(vm, state.domid, reboot.limit)
-                .await?
-                .is_some()
-        {
+        if reboot.clean && self.guest_obeys(vm, state.domid, reboot.limit).await?.is_some() {
             return Err(Refusal::failed("the domain has ended meanwhile"));
         }
-        let again = reboot
-            .spec
-            .filter(|spec| spec.memory() != state.memory_actual);
+        let again = reboot.spec.filter(|spec| spec.memory() != state.memory_actual);
         if let Some(spec) = again {
             self.forget(&state.gone(Power::Halted, by, "guest-shutdown"));
             return self.start(spec, false, by).await;
