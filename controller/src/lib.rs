@@ -1,1 +1,27 @@
-//! placeholder
+//! What the calls mean: decides on the leader, writes transactions, drives agents; holds no state that a new leader could miss.
+
+mod agent;
+mod api;
+mod call;
+pub mod certificates;
+mod clock;
+mod controller;
+pub mod coverage;
+mod dispatch;
+mod events;
+mod failure;
+mod first_boot;
+mod implicit;
+mod lifecycle;
+mod operations;
+pub mod password;
+mod placement;
+mod reconcile;
+mod sessions;
+mod tasks;
+
+pub use agent::{Agent, AgentError, Agents};
+pub use call::{Caller, Event, EventBatch, Refusal, Reply, Request, Transport};
+pub use clock::{Clock, SystemClock};
+pub use controller::{Controller, ControllerConfig};
+pub use first_boot::{Guest, InitialMember};

@@ -163,3 +163,12 @@ macro_rules! api_enum {
     };
 }
 pub(crate) use api_enum;
+
+impl FieldValue for () {
+    fn from_value(value: &Value) -> Option<Self> {
+        matches!(value, Value::Void).then_some(())
+    }
+    fn into_value(self) -> Value {
+        Value::Void
+    }
+}

@@ -85,9 +85,21 @@ impl Row {
         self.class.def().field(field).and_then(|index| self.value(index).as_str()).unwrap_or("")
     }
 
+    /// The row as it would be with other values: for decisions, never stored.
+    #[must_use]
+    pub fn with_values(&self, changes: &[(u16, Value)]) -> Self {
+        let mut fields = self.fields.to_vec();
+        for (index, value) in changes {
+            if let Some(slot) = fields.get_mut(usize::from(*index)) {
+                *slot = value.clone();
+            }
+        }
+        Self::new(self.class, self.reference, self.created, self.modified, fields)
+    }
+
     /// The reference with its class; null where the row is of another class.
     #[must_use]
-    pub fn as_ref<C: ClassKind>(&self) -> Ref<C> {
+    pub fn typed<C: ClassKind>(&self) -> Ref<C> {
         if self.class == C::ID { Ref::from_opaque(self.reference) } else { Ref::NULL }
     }
 

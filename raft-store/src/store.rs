@@ -378,7 +378,6 @@ fn raft_config(config: &StoreConfig) -> Result<openraft::Config, OpenError> {
         election_timeout_min: millis(config.election.0),
         election_timeout_max: millis(config.election.1),
         install_snapshot_timeout: 30_000,
-        send_snapshot_timeout: 120_000,
         max_payload_entries: 512,
         snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_every),
         max_in_snapshot_log_to_keep: config.keep_entries,

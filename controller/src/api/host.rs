@@ -1,0 +1,67 @@
+//! Messages of the class host.
+
+use std::collections::BTreeMap;
+
+use datamodel::fields::{host, vm};
+use datamodel::{Host, Ref, Timestamp, Value, Vm, errors, model};
+
+use crate::call::Call;
+use crate::failure::{Served, refuse};
+use crate::placement;
+
+pub(super) async fn get_servertime(cx: &Call, this: Ref<Host>) -> Served<Timestamp> {
+    cx.row(this)?;
+    Ok(cx.now())
+}
+
+async fn set_enabled(cx: &Call, this: Ref<Host>, enabled: bool) -> Served<()> {
+    cx.row(this)?;
+    let mut change = cx.transaction();
+    change.set(this, host::ENABLED, enabled);
+    cx.commit(change).await.map(drop)
+}
+
+pub(super) async fn enable(cx: &Call, this: Ref<Host>) -> Served<()> {
+    set_enabled(cx, this, true).await
+}
+
+pub(super) async fn disable(cx: &Call, this: Ref<Host>) -> Served<()> {
+    set_enabled(cx, this, false).await
+}
+
+pub(super) async fn compute_free_memory(cx: &Call, this: Ref<Host>) -> Served<i64> {
+    let row = cx.row(this)?;
+    Ok(placement::free_memory(&cx.state, &row).max(0))
+}
+
+pub(super) async fn compute_memory_overhead(cx: &Call, this: Ref<Host>) -> Served<i64> {
+    Ok(cx.row(this)?.get(host::MEMORY_OVERHEAD))
+}
+
+/// None yet: figures come with the statistics.
+pub(super) async fn get_data_sources(cx: &Call, this: Ref<Host>) -> Served<Value> {
+    cx.row(this)?;
+    Ok(Value::Set(Vec::new()))
+}
+
+/// Every guest: nothing can be moved yet.
+pub(super) async fn get_vms_which_prevent_evacuation(cx: &Call, this: Ref<Host>) -> Served<BTreeMap<Ref<Vm>, Vec<String>>> {
+    let row = cx.row(this)?;
+    let guests = row.get(host::RESIDENT_VMS).into_iter().filter(|guest: &Ref<Vm>| {
+        cx.state.row(*guest).is_some_and(|row| !row.get(vm::IS_CONTROL_DOMAIN))
+    });
+    Ok(guests.map(|guest| (guest, errors::no_hosts_available().description())).collect())
+}
+
+pub(super) async fn is_in_emergency_mode(_: &Call) -> Served<bool> {
+    Ok(false)
+}
+
+pub(super) async fn list_methods(_: &Call) -> Served<Vec<String>> {
+    Ok(model().list_methods())
+}
+
+pub(super) async fn call_plugin(cx: &Call, this: Ref<Host>, plugin: String, _function: String, _args: Value) -> Served<String> {
+    cx.row(this)?;
+    refuse(errors::xenapi_missing_plugin(plugin))
+}

@@ -1,0 +1,189 @@
+//! A call: who asks what, what it may look at, and how it is answered.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use datamodel::{ApiError, ClassKind, Input, MessageDef, OpaqueRef, Ref, Session, Task, Timestamp, Value, errors};
+use raft_store::{LogIndex, Member, Row, State, Transaction};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::controller::Shared;
+use crate::failure::{Failure, Served};
+
+/// How a call reached this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// Over the network: credentials count.
+    Tcp,
+    /// Over the host's own socket: whoever may open it is root.
+    Unix,
+}
+
+/// Who asks.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    /// How the call came.
+    pub transport: Transport,
+    /// The client's address; none over the Unix socket.
+    pub peer: Option<IpAddr>,
+    /// What the client calls itself.
+    pub user_agent: String,
+    /// The `originator` header.
+    pub originator: String,
+    /// Sent on by another member: never sent on again.
+    pub forwarded: bool,
+    /// The `Idempotency-Key` header.
+    pub idempotency_key: Option<String>,
+}
+
+/// A decoded call.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Who asks.
+    pub caller: Caller,
+    /// The method as the client spelled it.
+    pub method: String,
+    /// The arguments, the session among them.
+    pub params: Vec<Input>,
+}
+
+/// An answer, in the form that costs least to put on the wire.
+#[derive(Debug, Clone)]
+pub enum Reply {
+    /// A value.
+    Value(Value),
+    /// A record: the row's kept encoding.
+    Record(Arc<Row>),
+    /// A map from reference to record: the rows' kept encodings.
+    Records(Vec<Arc<Row>>),
+    /// What `event.from` answers.
+    Events(EventBatch),
+    /// What `event.next` answers.
+    EventList(Vec<Event>),
+    /// What `system.listMethods` answers: a bare array even over XML-RPC.
+    Methods(Vec<String>),
+}
+
+/// One event.
+#[derive(Debug, Clone)]
+pub struct Event {
+    /// The log index of the change.
+    pub id: u64,
+    /// Lower-case class.
+    pub class: &'static str,
+    /// `add`, `mod` or `del`.
+    pub operation: &'static str,
+    /// The object.
+    pub reference: OpaqueRef,
+    /// The object as it is; none for `del`.
+    pub snapshot: Option<Arc<Row>>,
+}
+
+/// The answer of `event.from`.
+#[derive(Debug, Clone)]
+pub struct EventBatch {
+    /// Events in the order of change.
+    pub events: Vec<Event>,
+    /// Live objects of every class, by lower-case name.
+    pub valid_ref_counts: Vec<(&'static str, usize)>,
+    /// Where the next call goes on.
+    pub token: String,
+}
+
+/// A call that is not answered here with a result.
+#[derive(Debug, Clone)]
+pub enum Refusal {
+    /// An error of the API.
+    Api(ApiError),
+    /// The master is elsewhere: the original bytes go to this member.
+    Forward(Member),
+    /// Leadership moved meanwhile: decode and ask again.
+    Retry,
+}
+
+/// What a message's function works with.
+pub(crate) struct Call {
+    pub(crate) shared: Arc<Shared>,
+    /// The pool as of the call's start; holds every write acknowledged before it.
+    pub(crate) state: Arc<State>,
+    pub(crate) caller: Arc<Caller>,
+    pub(crate) message: &'static MessageDef,
+    pub(crate) session: Ref<Session>,
+    /// The task that the call runs under, if it has one.
+    pub(crate) task: Ref<Task>,
+    pub(crate) cancel: CancellationToken,
+    wrote: AtomicBool,
+}
+
+impl Call {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        state: Arc<State>,
+        caller: Arc<Caller>,
+        message: &'static MessageDef,
+        session: Ref<Session>,
+        task: Ref<Task>,
+    ) -> Self {
+        Self { shared, state, caller, message, session, task, cancel: CancellationToken::new(), wrote: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        self.shared.clock.now()
+    }
+
+    /// A fresh transaction.
+    pub(crate) fn transaction(&self) -> Transaction {
+        self.shared.transaction()
+    }
+
+    /// A fresh reference.
+    pub(crate) fn reference<C>(&self) -> Ref<C> {
+        Ref::new(self.shared.uuid())
+    }
+
+    pub(crate) fn uuid(&self) -> Uuid {
+        self.shared.uuid()
+    }
+
+    /// Commits; from the first success on the call can no longer be repeated elsewhere.
+    pub(crate) async fn commit(&self, transaction: Transaction) -> Served<LogIndex> {
+        let committed = self.shared.store.commit(transaction).await;
+        match committed {
+            Ok(index) => {
+                self.wrote.store(true, Ordering::Relaxed);
+                Ok(index)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether anything was committed.
+    pub(crate) fn wrote(&self) -> bool {
+        self.wrote.load(Ordering::Relaxed)
+    }
+
+    /// The pool as of now.
+    pub(crate) async fn latest(&self) -> Served<Arc<State>> {
+        Ok(self.shared.store.read().await?)
+    }
+
+    /// The session's row; none for calls without a session.
+    pub(crate) fn session_row(&self) -> Option<&Arc<Row>> {
+        self.state.row(self.session)
+    }
+
+    /// A row that must exist.
+    pub(crate) fn row<C: ClassKind>(&self, reference: Ref<C>) -> Served<Arc<Row>> {
+        find(&self.state, reference)
+    }
+}
+
+/// A row that must exist.
+///
+/// # Errors
+/// `HANDLE_INVALID(class, reference)`.
+pub(crate) fn find<C: ClassKind>(state: &State, reference: Ref<C>) -> Served<Arc<Row>> {
+    state.row(reference).cloned().ok_or_else(|| Failure::Api(errors::handle_invalid(C::NAME, reference)))
+}

@@ -1,0 +1,145 @@
+//! The controller of one host: answers calls while its node leads, and does the master's chores.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use datamodel::Timestamp;
+use raft_store::{Leadership, LogIndex, Store, Transaction};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::agent::Agents;
+use crate::call::{Refusal, Reply, Request};
+use crate::clock::Clock;
+use crate::first_boot::Guest;
+use crate::{dispatch, first_boot, operations, reconcile, sessions, tasks};
+
+/// What a controller is told when it starts.
+#[derive(Clone)]
+pub struct ControllerConfig {
+    /// Hosts of a pool that is being founded, this one among them.
+    pub initial_members: Vec<first_boot::InitialMember>,
+    /// Hash of root's first password; used only while the pool has no accounts.
+    pub initial_password_hash: String,
+    /// The lab's guest, for the default template.
+    pub guest: Guest,
+    /// How long a call waits for a master to be elected.
+    pub election_wait: Duration,
+    /// Answer `HOST_IS_SLAVE` to session calls on a non-master over TCP instead of sending them on.
+    pub redirect_sessions: bool,
+    /// The pool's certificate authority, to be kept in the replicated state.
+    pub ca_certificate: String,
+}
+
+/// A host's controller. Clones are handles of the same one.
+#[derive(Clone)]
+pub struct Controller {
+    pub(crate) shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) store: Store,
+    pub(crate) config: ControllerConfig,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) agents: Agents,
+    pub(crate) sessions: sessions::Activity,
+    pub(crate) tasks: tasks::Running,
+    pub(crate) shutdown: CancellationToken,
+}
+
+impl Shared {
+    pub(crate) fn uuid(&self) -> Uuid {
+        Uuid::new_v4()
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        self.clock.now()
+    }
+
+    pub(crate) fn transaction(&self) -> Transaction {
+        Transaction::new(self.uuid(), self.now())
+    }
+
+    /// The epoch of this node's leadership; none where it does not lead.
+    pub(crate) fn epoch(&self) -> Option<LogIndex> {
+        match *self.store.leadership().borrow() {
+            Leadership::Leader { epoch } => Some(epoch),
+            _ => None,
+        }
+    }
+}
+
+impl Controller {
+    /// A controller over an open store. `run` must be running for the master's chores to be done.
+    #[must_use]
+    pub fn new(store: Store, agents: Agents, config: ControllerConfig, clock: Arc<dyn Clock>, shutdown: CancellationToken) -> Self {
+        let shared = Shared {
+            store,
+            config,
+            clock,
+            agents,
+            sessions: sessions::Activity::default(),
+            tasks: tasks::Running::default(),
+            shutdown,
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Answers a call, or says who can.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub async fn call(&self, request: Request) -> Result<Reply, Refusal> {
+        dispatch::call(&self.shared, request).await
+    }
+
+    /// Does the master's chores whenever this node leads, until shutdown.
+    pub async fn run(&self) {
+        let shared = &self.shared;
+        let mut leadership = shared.store.leadership();
+        loop {
+            let now = leadership.borrow_and_update().clone();
+            let changed = async { leadership.changed().await.is_ok() };
+            if let Leadership::Leader { epoch } = now {
+                let term = CancellationToken::new();
+                let chores = lead(shared, epoch, term.clone());
+                tokio::pin!(chores);
+                tokio::select! {
+                    () = &mut chores => {}
+                    _ = changed => {}
+                    () = shared.shutdown.cancelled() => {}
+                }
+                term.cancel();
+            } else {
+                tokio::select! {
+                    _ = changed => {}
+                    () = shared.shutdown.cancelled() => {}
+                }
+            }
+            if shared.shutdown.is_cancelled() {
+                return;
+            }
+        }
+    }
+}
+
+/// A term of office: found the pool if there is none, take office in the rows, adopt what the last master
+/// left, then watch hosts and collect what is over. Ends when dropped or cancelled.
+async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
+    tracing::info!(%epoch, "taking office");
+    while let Err(error) = first_boot::found(shared).await {
+        tracing::warn!(?error, "the pool is not founded yet");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    while let Err(error) = first_boot::take_office(shared).await {
+        tracing::warn!(?error, "the pool does not show its master yet");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    shared.sessions.forget();
+    tokio::join!(
+        reconcile::run(shared, epoch, term.clone()),
+        operations::adopt(shared, epoch),
+        sessions::collect(shared),
+        tasks::collect(shared),
+    );
+}

@@ -1,0 +1,155 @@
+//! From a decoded call to its function: master or not, method, arguments, session, role.
+
+use std::sync::Arc;
+
+use datamodel::{ApiError, MessageDef, RbacRole, Ref, Session, Task, arguments, errors, fields, model};
+use datamodel::{Input, Lifecycle, Value};
+use raft_store::{Leadership, Member, Row, State};
+
+use crate::api;
+use crate::call::{Call, Caller, Refusal, Reply, Request, Transport};
+use crate::controller::Shared;
+use crate::failure::Failure;
+use crate::{events, implicit, tasks};
+
+/// Answers a call, or says who can.
+pub(crate) async fn call(shared: &Arc<Shared>, request: Request) -> Result<Reply, Refusal> {
+    if let Some(reply) = everywhere(&request) {
+        return reply;
+    }
+    let leading = matches!(*shared.store.leadership().borrow(), Leadership::Leader { .. });
+    if !leading {
+        let login = is_login(&request.method);
+        return elsewhere(shared, &request.caller, login).await;
+    }
+    let caller = request.caller.clone();
+    let login = is_login(&request.method);
+    match serve(shared, request).await {
+        Ok(reply) => Ok(reply),
+        Err(Failure::Api(error)) => Err(Refusal::Api(error)),
+        Err(Failure::NotLeader) => elsewhere(shared, &caller, login).await,
+    }
+}
+
+/// What needs neither a session nor the master.
+fn everywhere(request: &Request) -> Option<Result<Reply, Refusal>> {
+    match request.method.as_str() {
+        "system.listMethods" => Some(Ok(Reply::Methods(model().list_methods()))),
+        "system.isAlive" => {
+            let echo = match request.params.first() {
+                Some(Input::Str(text)) => Value::str(text.as_str()),
+                _ => Value::str(""),
+            };
+            Some(Ok(Reply::Value(echo)))
+        }
+        _ => None,
+    }
+}
+
+fn is_login(method: &str) -> bool {
+    matches!(method, "session.login_with_password" | "session_login_with_password" | "session.slave_login" | "session_slave_login")
+}
+
+/// A call on a host that does not lead. Logins over the network are redirected, so that the client knows
+/// its master; calls with a session are sent on, because clients that hold one never recover from a redirect.
+async fn elsewhere(shared: &Arc<Shared>, caller: &Caller, login: bool) -> Result<Reply, Refusal> {
+    let mut leadership = shared.store.leadership();
+    let known = leadership.wait_for(|leadership| !matches!(leadership, Leadership::Electing));
+    let leader = match tokio::time::timeout(shared.config.election_wait, known).await {
+        Ok(Ok(known)) => match &*known {
+            Leadership::Follower { leader } => leader.clone(),
+            _ => return Err(Refusal::Retry),
+        },
+        _ => return Err(Refusal::Api(errors::host_in_emergency_mode())),
+    };
+    let redirect = login || shared.config.redirect_sessions;
+    if caller.forwarded || (caller.transport == Transport::Tcp && redirect) {
+        return Err(Refusal::Api(slave_of(&leader)));
+    }
+    Err(Refusal::Forward(leader))
+}
+
+fn slave_of(leader: &Member) -> ApiError {
+    errors::host_is_slave(leader.api_address.as_str())
+}
+
+async fn serve(shared: &Arc<Shared>, request: Request) -> Result<Reply, Failure> {
+    let (name, asynchronous) = match request.method.strip_prefix("Async.").or_else(|| request.method.strip_prefix("InternalAsync.")) {
+        Some(name) => (name, true),
+        None => (request.method.as_str(), false),
+    };
+    let Some(message) = model().message(name).filter(|message| !message.class.def().internal) else {
+        return Err(errors::message_method_unknown(request.method).into());
+    };
+    let arguments = arguments(message, request.params)?;
+    let state = shared.store.read().await?;
+    let session = if message.takes_session { Some(check_session(shared, &state, &arguments.session)?) } else { None };
+    if let Some(error) = arguments.deferred {
+        return Err(error.into());
+    }
+    if message.state == Lifecycle::Removed {
+        return Err(errors::message_removed().into());
+    }
+    if let Some(session) = &session {
+        check_role(session, message)?;
+    }
+    let session_ref: Ref<Session> = session.map_or(Ref::NULL, |row| row.typed());
+    let handler = api::handler(message.full_name);
+    if handler.is_none() && message.implicit.is_none() && !events::serves(message) {
+        return Err(errors::not_implemented(message.full_name).into());
+    }
+    let caller = Arc::new(request.caller);
+    let call = Call::new(Arc::clone(shared), state, caller, message, session_ref, Ref::<Task>::NULL);
+    if asynchronous {
+        if !message.asynchronous {
+            let reason = format!("No async mode for this operation (rpc: {})", message.full_name);
+            return Err(ApiError::new("Fault", vec![reason]).into());
+        }
+        return tasks::start(call, handler, arguments.values).await.map(|task| Reply::Value(Value::Ref(task.opaque())));
+    }
+    answer(&call, handler, arguments.values).await.map_err(|failure| settle(&call, failure))
+}
+
+/// Runs a message's function, whatever kind it is.
+pub(crate) async fn answer(call: &Call, handler: Option<api::Handler>, values: Vec<Value>) -> Result<Reply, Failure> {
+    if let Some(handler) = handler {
+        return handler(call, values).await.map(Reply::Value);
+    }
+    if events::serves(call.message) {
+        return events::serve(call, values).await;
+    }
+    match call.message.implicit {
+        Some(what) => implicit::serve(call, what, values).await,
+        None => Err(errors::not_implemented(call.message.full_name).into()),
+    }
+}
+
+/// A lead lost after something was committed cannot be made good by asking elsewhere.
+fn settle(call: &Call, failure: Failure) -> Failure {
+    match failure {
+        Failure::NotLeader if call.wrote() => Failure::Api(Failure::NotLeader.into_api()),
+        other => other,
+    }
+}
+
+fn check_session(shared: &Shared, state: &State, text: &str) -> Result<Arc<Row>, Failure> {
+    let invalid = || Failure::Api(errors::session_invalid(text));
+    let reference: Ref<Session> = Ref::from_opaque(text.parse().map_err(|_| invalid())?);
+    let row = state.row(reference).cloned().ok_or_else(invalid)?;
+    shared.sessions.touch(reference, shared.now());
+    Ok(row)
+}
+
+fn check_role(session: &Row, message: &MessageDef) -> Result<(), Failure> {
+    let Some(needed) = message.min_role else { return Ok(()) };
+    if session.get(fields::session::IS_LOCAL_SUPERUSER) {
+        return Ok(());
+    }
+    let held = RbacRole::named(&session.get(fields::session::ROLE)).unwrap_or(RbacRole::ReadOnly);
+    if held >= needed {
+        return Ok(());
+    }
+    let able: Vec<&str> = RbacRole::ALL.into_iter().filter(|role| *role >= needed).map(RbacRole::name).collect();
+    let explanation = format!("No permission in user session. (Roles with this permission: {})", able.join(", "));
+    Err(errors::rbac_permission_denied(message.full_name.to_ascii_lowercase(), explanation).into())
+}

@@ -1,0 +1,63 @@
+//! Why a call did not end well: an error of the API, or a lead that went away before anything was done.
+
+use datamodel::{ApiError, errors};
+use raft_store::{CommitError, Conflict, NotLeader};
+
+/// Inside the controller, what a client cannot see is kept apart from what it can.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// To be told to the client.
+    Api(ApiError),
+    /// This node does not lead any more, and nothing was done: the new master can be asked.
+    NotLeader,
+}
+
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Self {
+        Self::Api(error)
+    }
+}
+
+impl From<NotLeader> for Failure {
+    fn from(_: NotLeader) -> Self {
+        Self::NotLeader
+    }
+}
+
+impl From<CommitError> for Failure {
+    fn from(error: CommitError) -> Self {
+        match error {
+            CommitError::NotLeader(_) => Self::NotLeader,
+            CommitError::Conflict(conflict) => Self::Api(conflict_error(&conflict)),
+            CommitError::Unknown => Self::Api(errors::internal_error(
+                "the master changed while the call was being committed: it was applied wholly or not at all; look before repeating it",
+            )),
+            CommitError::Overloaded => Self::Api(errors::too_many_pending_tasks()),
+        }
+    }
+}
+
+impl Failure {
+    /// What a client is told when the answer can no longer be given elsewhere.
+    pub(crate) fn into_api(self) -> ApiError {
+        match self {
+            Self::Api(error) => error,
+            Self::NotLeader => errors::internal_error("the master changed during the call"),
+        }
+    }
+}
+
+fn conflict_error(conflict: &Conflict) -> ApiError {
+    match conflict {
+        Conflict::Missing(class, reference) => errors::handle_invalid(*class, *reference),
+        other => errors::internal_error(format!("somebody else was faster: {other}")),
+    }
+}
+
+/// The result of everything that serves a call.
+pub(crate) type Served<T> = Result<T, Failure>;
+
+/// Shorthand for an API error as a result.
+pub(crate) fn refuse<T>(error: ApiError) -> Served<T> {
+    Err(Failure::Api(error))
+}

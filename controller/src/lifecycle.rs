@@ -1,0 +1,198 @@
+//! What may be done to a VM, and when: operation by power state, as data, and the checks around it.
+
+use std::collections::BTreeMap;
+
+use datamodel::enums::{VmOperations as Op, VmPowerState as Power};
+use datamodel::fields::vm;
+use datamodel::{ApiError, Ref, Vm, errors};
+use raft_store::Row;
+
+const HALTED: u8 = 1;
+const PAUSED: u8 = 2;
+const SUSPENDED: u8 = 4;
+const RUNNING: u8 = 8;
+const LIVE: u8 = PAUSED | RUNNING;
+const ANY: u8 = HALTED | PAUSED | SUSPENDED | RUNNING;
+
+/// For each operation: the power states in which it is possible, and whether clients are told of it.
+const TABLE: &[(Op, u8, bool)] = &[
+    (Op::Start, HALTED, true),
+    (Op::StartOn, HALTED, true),
+    (Op::Provision, HALTED, true),
+    (Op::MakeIntoTemplate, HALTED, true),
+    (Op::ChangingNvram, HALTED, true),
+    (Op::ChangingShadowMemory, HALTED, true),
+    (Op::ChangingStaticRange, HALTED, true),
+    (Op::ChangingMemoryLimits, HALTED, false),
+    (Op::ChangingVCPUs, HALTED, false),
+    (Op::ChangingDynamicRange, HALTED | RUNNING, true),
+    (Op::Pause, RUNNING, true),
+    (Op::Unpause, PAUSED, true),
+    (Op::Suspend, RUNNING, true),
+    (Op::Resume, SUSPENDED, true),
+    (Op::ResumeOn, SUSPENDED, true),
+    (Op::CleanShutdown, RUNNING, true),
+    (Op::CleanReboot, RUNNING, true),
+    (Op::HardShutdown, LIVE | SUSPENDED, true),
+    (Op::Shutdown, LIVE | SUSPENDED, false),
+    (Op::HardReboot, LIVE, true),
+    (Op::Checkpoint, LIVE | SUSPENDED, true),
+    (Op::Snapshot, ANY, true),
+    (Op::Revert, ANY, true),
+    (Op::MetadataExport, ANY, true),
+    (Op::PowerStateReset, ANY, false),
+    (Op::Clone, HALTED, true),
+    (Op::Copy, HALTED, true),
+    (Op::Export, HALTED | SUSPENDED, true),
+    (Op::CreateTemplate, HALTED | SUSPENDED, false),
+    (Op::Destroy, HALTED | SUSPENDED, true),
+    (Op::PoolMigrate, RUNNING, true),
+    (Op::MigrateSend, HALTED | SUSPENDED | RUNNING, true),
+    (Op::GetBootRecord, LIVE | SUSPENDED, false),
+    (Op::ChangingVCPUsLive, RUNNING, true),
+    (Op::DataSourceOp, RUNNING, false),
+    (Op::SendSysrq, RUNNING, false),
+    (Op::SendTrigger, RUNNING, false),
+];
+
+/// Operations that have a function today: only these are advertised, so that a client never sees a button that cannot work.
+const SERVED: &[Op] = &[
+    Op::Start,
+    Op::StartOn,
+    Op::Provision,
+    Op::MakeIntoTemplate,
+    Op::ChangingStaticRange,
+    Op::ChangingDynamicRange,
+    Op::Pause,
+    Op::Unpause,
+    Op::CleanShutdown,
+    Op::CleanReboot,
+    Op::HardShutdown,
+    Op::HardReboot,
+    Op::Clone,
+    Op::Copy,
+    Op::Destroy,
+];
+
+/// What a template can still do.
+const FOR_TEMPLATES: &[Op] = &[
+    Op::ChangingDynamicRange,
+    Op::ChangingStaticRange,
+    Op::ChangingMemoryLimits,
+    Op::ChangingShadowMemory,
+    Op::ChangingVCPUs,
+    Op::ChangingNvram,
+    Op::Clone,
+    Op::Copy,
+    Op::Export,
+    Op::MetadataExport,
+    Op::Provision,
+];
+
+/// What a template that does not come with the product can do besides.
+const FOR_OWN_TEMPLATES: &[Op] = &[Op::Destroy, Op::MigrateSend];
+
+/// What a snapshot can do.
+const FOR_SNAPSHOTS: &[Op] =
+    &[Op::Revert, Op::Clone, Op::Copy, Op::Export, Op::MetadataExport, Op::Destroy, Op::HardShutdown];
+
+fn bit(power: Power) -> u8 {
+    match power {
+        Power::Halted => HALTED,
+        Power::Paused => PAUSED,
+        Power::Suspended => SUSPENDED,
+        Power::Running => RUNNING,
+    }
+}
+
+fn allowed_in(operation: Op) -> u8 {
+    TABLE.iter().find(|(op, _, _)| *op == operation).map_or(0, |(_, states, _)| *states)
+}
+
+/// `VM_BAD_POWER_STATE` with the states that would do.
+fn bad_power_state(vm: Ref<Vm>, states: u8, actual: Power) -> ApiError {
+    let order = [Power::Halted, Power::Paused, Power::Suspended, Power::Running];
+    let expected: Vec<String> =
+        order.into_iter().filter(|power| states & bit(*power) != 0).map(|power| power.as_str().to_ascii_lowercase()).collect();
+    errors::vm_bad_power_state(vm, expected.join(", "), actual.as_str().to_ascii_lowercase())
+}
+
+/// Whether an operation may begin on a VM as it is; the first obstacle in the documented order.
+pub(crate) fn check(row: &Row, operation: Op) -> Result<(), ApiError> {
+    let reference = row.typed::<Vm>();
+    let blocked = row.get(vm::BLOCKED_OPERATIONS);
+    if let Some(reason) = blocked.get(&operation) {
+        return Err(errors::operation_blocked(reference, reason.as_str()));
+    }
+    let power = row.get(vm::POWER_STATE);
+    let states = allowed_in(operation);
+    if states & bit(power) == 0 {
+        return Err(bad_power_state(reference, states, power));
+    }
+    check_concurrency(row, operation)?;
+    let template = row.get(vm::IS_A_TEMPLATE);
+    if row.get(vm::IS_A_SNAPSHOT) {
+        if !FOR_SNAPSHOTS.contains(&operation) {
+            return Err(ApiError::new("VM_IS_SNAPSHOT", vec![reference.into(), operation.into()]));
+        }
+    } else if template {
+        let own = !row.get(vm::IS_DEFAULT_TEMPLATE);
+        if !FOR_TEMPLATES.contains(&operation) && !(own && FOR_OWN_TEMPLATES.contains(&operation)) {
+            if operation == Op::Destroy {
+                return Err(errors::vm_cannot_delete_default_template(reference));
+            }
+            return Err(ApiError::new(errors::VM_IS_TEMPLATE, vec![reference.into(), operation.into()]));
+        }
+    }
+    if operation == Op::Provision && !template {
+        return Err(errors::provision_only_allowed_on_template());
+    }
+    if operation == Op::Revert && !row.get(vm::IS_A_SNAPSHOT) {
+        return Err(ApiError::new("REVERT_ONLY_ALLOWED_ON_SNAPSHOT", Vec::new()));
+    }
+    if row.get(vm::IS_CONTROL_DOMAIN) && operation != Op::MetadataExport {
+        return Err(errors::operation_not_allowed("Operations on domain 0 are not allowed"));
+    }
+    Ok(())
+}
+
+/// Operations that go together with what is under way already.
+fn compatible(operation: Op, under_way: Op) -> bool {
+    let copying = [Op::Clone, Op::Copy, Op::Export];
+    match operation {
+        Op::HardShutdown => under_way != Op::HardShutdown,
+        Op::HardReboot => !matches!(under_way, Op::HardShutdown | Op::HardReboot),
+        Op::Snapshot | Op::Checkpoint => matches!(under_way, Op::Snapshot | Op::Checkpoint),
+        Op::GetBootRecord => under_way == Op::GetBootRecord,
+        _ => copying.contains(&operation) && copying.contains(&under_way),
+    }
+}
+
+fn check_concurrency(row: &Row, operation: Op) -> Result<(), ApiError> {
+    let current: BTreeMap<String, Op> = row.get(vm::CURRENT_OPERATIONS);
+    let in_the_way: Vec<(&String, &Op)> = current.iter().filter(|(_, under_way)| !compatible(operation, **under_way)).collect();
+    match in_the_way.as_slice() {
+        [] => Ok(()),
+        [(task, under_way)] => Err(errors::other_operation_in_progress(
+            "VM",
+            row.typed::<Vm>(),
+            under_way.as_str(),
+            task.as_str(),
+        )),
+        several => {
+            let operations: Vec<&str> = several.iter().map(|(_, under_way)| under_way.as_str()).collect();
+            let tasks: Vec<&str> = several.iter().map(|(task, _)| task.as_str()).collect();
+            let operations = format!("{{{}}}", operations.join(","));
+            Err(errors::other_operation_in_progress("VM", row.typed::<Vm>(), operations, format!("{{{}}}", tasks.join(","))))
+        }
+    }
+}
+
+/// Every operation that would be allowed now, as clients are told.
+pub(crate) fn allowed_operations(row: &Row) -> Vec<Op> {
+    if row.get(vm::IS_CONTROL_DOMAIN) {
+        return Vec::new();
+    }
+    let advertised = TABLE.iter().filter(|(operation, _, advertised)| *advertised && SERVED.contains(operation));
+    advertised.map(|(operation, _, _)| *operation).filter(|operation| check(row, *operation).is_ok()).collect()
+}

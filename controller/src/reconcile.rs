@@ -1,0 +1,235 @@
+//! What is, against what the rows say: one task for each host, as long as this node leads.
+//!
+//! A host's agent first tells every domain it has, then every change, and beats twice a second. The
+//! rows follow: a domain that ended by itself halts its VM, a host that came back without its domains
+//! halts them all, a host that is silent shows `live = false`. VMs of a silent host keep their state:
+//! nobody can know whether they still run, and without high availability nobody may start them elsewhere.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use datamodel::fields::{host, host_metrics, member, vm};
+use datamodel::{Host, Member, Ref, Vm};
+use futures::StreamExt;
+use proto::agent::agent_event::Event;
+use proto::agent::{DestroyDomain, DomainState, HelloRequest, PowerState, Step, WatchRequest, step::Action};
+use raft_store::{CommitError, LogIndex, Row, State};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::Agent;
+use crate::controller::Shared;
+use crate::failure::{Failure, Served};
+use crate::operations::{Shadow, show};
+use crate::{first_boot, placement};
+
+/// A host that is silent for this long is shown as not live.
+const SILENCE: Duration = Duration::from_secs(3);
+const RETRY: Duration = Duration::from_millis(250);
+/// `memory_free` is written when it moved by this much, so that beats do not become log entries.
+const MEMORY_STEP: i64 = 16 << 20;
+
+/// Follows every host until the term ends.
+pub(crate) async fn run(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
+    let mut hosts: JoinSet<()> = JoinSet::new();
+    let mut followed: HashMap<Ref<Member>, ()> = HashMap::new();
+    let mut applied = shared.store.applied();
+    loop {
+        for row in shared.store.state().all::<Member>() {
+            let reference = row.typed::<Member>();
+            if followed.insert(reference, ()).is_none() {
+                let (shared, term) = (Arc::clone(shared), term.clone());
+                hosts.spawn(async move {
+                    tokio::select! {
+                        () = follow(&shared, reference, epoch) => {}
+                        () = term.cancelled() => {}
+                    }
+                });
+            }
+        }
+        tokio::select! {
+            changed = applied.changed() => if changed.is_err() { return },
+            () = term.cancelled() => return,
+        }
+        // Members change seldom: a look now and then is enough.
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Follows one host for ever: connects, listens, and shows it dead when it is silent.
+async fn follow(shared: &Arc<Shared>, reference: Ref<Member>, epoch: LogIndex) {
+    let mut heard = tokio::time::Instant::now();
+    loop {
+        if let Err(reason) = listen(shared, reference, epoch, &mut heard).await {
+            tracing::debug!(member = %reference, reason, "a host is not heard");
+        }
+        if heard.elapsed() > SILENCE
+            && let Err(error) = show_live(shared, reference, false).await
+        {
+            tracing::debug!(?error, "a silent host is not shown yet");
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn listen(
+    shared: &Arc<Shared>,
+    reference: Ref<Member>,
+    epoch: LogIndex,
+    heard: &mut tokio::time::Instant,
+) -> Result<(), String> {
+    let state = shared.store.state();
+    let row = state.row(reference).ok_or("the member is gone")?;
+    let agent = shared.agents.at(&row.get(member::AGENT_ADDRESS)).map_err(|error| error.to_string())?;
+    let pool = state.all::<datamodel::Pool>().next().map(|row| row.uuid().to_owned()).unwrap_or_default();
+    let hello = HelloRequest { version: 1, pool: pool.clone(), epoch: epoch.0 };
+    let reply = agent.hello(hello).await.map_err(|error| error.to_string())?;
+    let told = |failure: Failure| format!("{failure:?}");
+    let host_ref = first_boot::attach(shared, reference, &reply).await.map_err(told)?;
+    *heard = tokio::time::Instant::now();
+    let request = WatchRequest { pool: pool.clone(), epoch: epoch.0 };
+    let mut events = agent.watch(request).await.map_err(|error| error.to_string())?;
+    let mut synced = false;
+    loop {
+        let event = match tokio::time::timeout(SILENCE, events.next()).await {
+            Ok(Some(event)) => event.map_err(|error| error.to_string())?,
+            Ok(None) => return Err("the agent ended the stream".into()),
+            Err(_) => return Err("the agent is silent".into()),
+        };
+        *heard = tokio::time::Instant::now();
+        match event.event {
+            Some(Event::All(list)) => {
+                all_domains(shared, &agent, &pool, epoch, host_ref, &list.domains).await.map_err(told)?;
+                if !synced {
+                    // Live only when its domains are known: who sees a live host may trust what it runs.
+                    show_live(shared, reference, true).await.map_err(told)?;
+                    synced = true;
+                }
+            }
+            Some(Event::Domain(domain)) => one_domain(shared, host_ref, &domain).await.map_err(told)?,
+            Some(Event::Beat(beat)) => {
+                show_memory(shared, host_ref, beat.memory_total, beat.memory_free).await.map_err(told)?;
+            }
+            None => {}
+        }
+    }
+}
+
+/// Every domain of a host: VMs that should be there and are not have ended; domains that no VM stands for go.
+async fn all_domains(
+    shared: &Arc<Shared>,
+    agent: &Arc<dyn Agent>,
+    pool: &str,
+    epoch: LogIndex,
+    host_ref: Ref<Host>,
+    domains: &[DomainState],
+) -> Served<()> {
+    let state = shared.store.read().await?;
+    let there: HashMap<&str, &DomainState> = domains.iter().map(|domain| (domain.vm.as_str(), domain)).collect();
+    for row in state.all::<Vm>().filter(|row| row.get(vm::RESIDENT_ON) == host_ref && !row.get(vm::IS_CONTROL_DOMAIN)) {
+        if !there.contains_key(row.uuid()) {
+            let gone = DomainState { vm: row.uuid().to_owned(), state: PowerState::Halted.into(), domid: -1, ..Default::default() };
+            settle(shared, host_ref, &gone).await?;
+        }
+    }
+    for domain in domains {
+        let known = state.by_uuid(<Vm as datamodel::ClassKind>::ID, &domain.vm);
+        let ours = known.is_some_and(|row| {
+            row.get(vm::RESIDENT_ON) == host_ref || row.get(vm::SCHEDULED_TO_BE_RESIDENT_ON) == host_ref
+        });
+        if ours {
+            settle(shared, host_ref, domain).await?;
+        } else if placement_state(domain) {
+            // A start whose outcome was lost, or a VM that was declared dead and is started elsewhere: never two of it.
+            tracing::warn!(vm = domain.vm, host = %host_ref, "a domain that the pool does not know here is ended");
+            let step = Step {
+                pool: pool.to_owned(),
+                epoch: epoch.0,
+                operation: shared.uuid().to_string(),
+                vm: domain.vm.clone(),
+                traceparent: String::new(),
+                action: Some(Action::Destroy(DestroyDomain {})),
+            };
+            if let Err(error) = agent.perform(step, Duration::from_secs(30)).await {
+                tracing::warn!(vm = domain.vm, %error, "the stray domain is still there");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn placement_state(domain: &DomainState) -> bool {
+    matches!(domain.state(), PowerState::Running | PowerState::Paused)
+}
+
+async fn one_domain(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState) -> Served<()> {
+    settle(shared, host_ref, domain).await
+}
+
+/// Makes a VM's rows say what its domain is; leaves a VM alone that an operation is working on, since that will.
+async fn settle(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState) -> Served<()> {
+    for _ in 0..8 {
+        let state = shared.store.read().await?;
+        let Some(row) = state.by_uuid(<Vm as datamodel::ClassKind>::ID, &domain.vm) else { return Ok(()) };
+        if row.get(vm::RESIDENT_ON) != host_ref || !row.get(vm::CURRENT_OPERATIONS).is_empty() || same(&state, row, domain) {
+            return Ok(());
+        }
+        tracing::info!(vm = domain.vm, host = %host_ref, state = ?domain.state(), reason = domain.reason, "a domain changed by itself");
+        let mut change = shared.transaction();
+        change.expect_row(row);
+        let mut after = Shadow::new(row);
+        show(shared, &state, &mut change, row, host_ref, domain, &mut after);
+        change.set(row.typed::<Vm>(), vm::ALLOWED_OPERATIONS, after.allowed(row));
+        match shared.store.commit(change).await {
+            Ok(_) => return Ok(()),
+            Err(CommitError::Conflict(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn same(_state: &State, row: &Row, domain: &DomainState) -> bool {
+    use datamodel::enums::VmPowerState as Power;
+    let power = row.get(vm::POWER_STATE);
+    match domain.state() {
+        PowerState::Running => power == Power::Running && row.get(vm::DOMID) == domain.domid,
+        PowerState::Paused => power == Power::Paused && row.get(vm::DOMID) == domain.domid,
+        PowerState::Halted | PowerState::Crashed | PowerState::Unspecified => !placement::has_domain(power),
+    }
+}
+
+async fn show_live(shared: &Arc<Shared>, reference: Ref<Member>, live: bool) -> Served<()> {
+    let state = shared.store.read().await?;
+    let Some(row) = state.row(reference) else { return Ok(()) };
+    let Some(host_row) = state.row(row.get(member::HOST)) else { return Ok(()) };
+    let metrics = host_row.get(host::METRICS);
+    if state.row(metrics).is_none_or(|row| row.get(host_metrics::LIVE) == live) {
+        return Ok(());
+    }
+    tracing::info!(host = host_row.name_label(), live, "a host's life changed");
+    let mut change = shared.transaction();
+    change.set(metrics, host_metrics::LIVE, live).set(metrics, host_metrics::LAST_UPDATED, shared.now());
+    shared.store.commit(change).await?;
+    Ok(())
+}
+
+async fn show_memory(shared: &Arc<Shared>, host_ref: Ref<Host>, total: u64, free: u64) -> Served<()> {
+    let state = shared.store.state();
+    let Some(host_row) = state.row(host_ref) else { return Ok(()) };
+    let metrics_ref = host_row.get(host::METRICS);
+    let Some(metrics) = state.row(metrics_ref) else { return Ok(()) };
+    let (total, free) = (i64::try_from(total).unwrap_or(i64::MAX), i64::try_from(free).unwrap_or(i64::MAX));
+    let moved = (metrics.get(host_metrics::MEMORY_FREE) - free).abs() >= MEMORY_STEP;
+    if !moved && metrics.get(host_metrics::MEMORY_TOTAL) == total {
+        return Ok(());
+    }
+    let mut change = shared.transaction();
+    change
+        .set(metrics_ref, host_metrics::MEMORY_TOTAL, total)
+        .set(metrics_ref, host_metrics::MEMORY_FREE, free)
+        .set(metrics_ref, host_metrics::LAST_UPDATED, shared.now());
+    shared.store.commit(change).await?;
+    Ok(())
+}

@@ -1,0 +1,221 @@
+//! Tasks: what runs behind a reference, and what is left of it when it is over.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use datamodel::enums::{TaskAllowedOperations, TaskStatusType};
+use datamodel::fields::task;
+use datamodel::{ApiError, Ref, Task, Timestamp, Value, encode, errors};
+use parking_lot::Mutex;
+use raft_store::{NewRow, Transaction};
+use tokio_util::sync::CancellationToken;
+
+use crate::api::Handler;
+use crate::call::{Call, Reply};
+use crate::controller::Shared;
+use crate::dispatch;
+use crate::failure::{Failure, Served, refuse};
+
+const KEPT_COMPLETED_SECONDS: i64 = 65 * 60;
+const KEPT_PENDING_SECONDS: i64 = 24 * 3600;
+const KEPT_TASKS: usize = 200;
+const PASS_EVERY: Duration = Duration::from_secs(30);
+/// Calls under way behind tasks; more are refused, so that a flood cannot take the host down.
+const MOST_RUNNING: usize = 1000;
+
+/// Tasks that run in this process, and how to stop them.
+#[derive(Default)]
+pub(crate) struct Running {
+    tokens: Mutex<HashMap<Ref<Task>, CancellationToken>>,
+}
+
+impl Running {
+    fn start(&self, task: Ref<Task>, token: CancellationToken) -> Served<()> {
+        let mut tokens = self.tokens.lock();
+        if tokens.len() >= MOST_RUNNING {
+            return refuse(errors::too_many_pending_tasks());
+        }
+        tokens.insert(task, token);
+        Ok(())
+    }
+
+    fn end(&self, task: Ref<Task>) {
+        self.tokens.lock().remove(&task);
+    }
+
+    pub(crate) fn runs(&self, task: Ref<Task>) -> bool {
+        self.tokens.lock().contains_key(&task)
+    }
+
+    fn cancel(&self, task: Ref<Task>) -> bool {
+        self.tokens.lock().get(&task).map(CancellationToken::cancel).is_some()
+    }
+}
+
+/// Adds a new pending task to a transaction.
+pub(crate) fn insert(call: &Call, change: &mut Transaction, label: String, description: String) -> Ref<Task> {
+    let reference: Ref<Task> = call.reference();
+    let host = call.session_row().map_or(Ref::NULL, |row| row.get(datamodel::fields::session::THIS_HOST));
+    change.insert(
+        NewRow::new(reference, call.uuid())
+            .with(task::NAME_LABEL, label)
+            .with(task::NAME_DESCRIPTION, description)
+            .with(task::CREATED, call.now())
+            .with(task::FINISHED, Timestamp::EPOCH)
+            .with(task::STATUS, TaskStatusType::Pending)
+            .with(task::RESIDENT_ON, host)
+            .with(task::TYPE, "<none/>".to_owned())
+            .with(task::BACKTRACE, "()".to_owned()),
+    );
+    reference
+}
+
+/// Adds the end of a task to a transaction.
+pub(crate) fn finish(change: &mut Transaction, reference: Ref<Task>, outcome: Result<&Value, &ApiError>, now: Timestamp) {
+    change.set(reference, task::PROGRESS, 1.0).set(reference, task::FINISHED, now).set(
+        reference,
+        task::ALLOWED_OPERATIONS,
+        Vec::new(),
+    );
+    match outcome {
+        Ok(value) => {
+            let mut text = Vec::new();
+            encode::xml(value, &mut text);
+            change.set(reference, task::RESULT, String::from_utf8_lossy(&text).into_owned());
+            change.set(reference, task::STATUS, TaskStatusType::Success);
+        }
+        Err(error) => {
+            let cancelled = error.code == errors::TASK_CANCELLED;
+            change.set(reference, task::ERROR_INFO, error.description());
+            change.set(reference, task::STATUS, if cancelled { TaskStatusType::Cancelled } else { TaskStatusType::Failure });
+        }
+    }
+}
+
+/// Runs a call behind a task. The task is committed before the answer, so that it can be watched at once.
+pub(crate) async fn start(mut call: Call, handler: Option<Handler>, values: Vec<Value>) -> Served<Ref<Task>> {
+    let mut change = call.transaction();
+    let reference = insert(&call, &mut change, format!("Async.{}", call.message.full_name), String::new());
+    change.set(reference, task::ALLOWED_OPERATIONS, vec![TaskAllowedOperations::Cancel]);
+    call.shared.tasks.start(reference, call.cancel.clone())?;
+    if let Err(failure) = call.commit(change).await {
+        call.shared.tasks.end(reference);
+        return Err(failure);
+    }
+    call.task = reference;
+    let shared = Arc::clone(&call.shared);
+    // Owned by the registry of running tasks, ended by the process's shutdown.
+    tokio::spawn(async move {
+        let cancel = call.cancel.clone();
+        let outcome = tokio::select! {
+            outcome = dispatch::answer(&call, handler, values) => outcome,
+            () = cancel.cancelled() => refuse(errors::task_cancelled(reference)),
+            () = shared.shutdown.cancelled() => {
+                shared.tasks.end(reference);
+                return;
+            }
+        };
+        settle(&shared, reference, outcome).await;
+        shared.tasks.end(reference);
+    });
+    Ok(reference)
+}
+
+async fn settle(shared: &Arc<Shared>, reference: Ref<Task>, outcome: Served<Reply>) {
+    let outcome = match outcome {
+        Ok(Reply::Value(value)) => Ok(value),
+        Ok(_) => Ok(Value::Void),
+        // The new master adopts what was under way, and settles the task.
+        Err(Failure::NotLeader) => return,
+        Err(Failure::Api(error)) => Err(error),
+    };
+    if let Err(error) = &outcome {
+        tracing::info!(task = %reference, %error, "task failed");
+    }
+    let mut change = shared.transaction();
+    change.expect(reference, task::STATUS, TaskStatusType::Pending);
+    finish(&mut change, reference, outcome.as_ref(), shared.now());
+    if let Err(error) = shared.store.commit(change).await {
+        tracing::warn!(task = %reference, %error, "the task's end was not recorded");
+    }
+}
+
+/// `task.cancel`.
+pub(crate) async fn cancel(call: &Call, reference: Ref<Task>) -> Served<()> {
+    let row = call.row(reference)?;
+    if row.get(task::STATUS) != TaskStatusType::Pending {
+        return Ok(());
+    }
+    let mut change = call.transaction();
+    if call.shared.tasks.cancel(reference) {
+        change.put(reference, task::CURRENT_OPERATIONS, call.task.to_string(), TaskAllowedOperations::Cancel);
+    } else {
+        // Nobody runs it: a task that a client made for itself.
+        finish(&mut change, reference, Err(&errors::task_cancelled(reference)), call.now());
+    }
+    call.commit(change).await?;
+    Ok(())
+}
+
+/// Tasks that were pending under an earlier master and that no operation stands for: nobody will ever finish them.
+pub(crate) async fn fail_orphans(shared: &Arc<Shared>, kept: &[Ref<Task>]) -> Served<()> {
+    let state = shared.store.read().await?;
+    let mut change = shared.transaction();
+    for row in state.all::<Task>() {
+        let reference = row.typed::<Task>();
+        let ours = row.get(task::NAME_LABEL).starts_with("Async.");
+        let pending = row.get(task::STATUS) == TaskStatusType::Pending;
+        if ours && pending && !kept.contains(&reference) && !shared.tasks.runs(reference) {
+            let lost = errors::internal_error("the master that ran this task was lost");
+            finish(&mut change, reference, Err(&lost), shared.now());
+        }
+    }
+    if !change.is_empty() {
+        shared.store.commit(change).await?;
+    }
+    Ok(())
+}
+
+/// Forgets tasks that are over for long, and the oldest where there are too many.
+pub(crate) async fn collect(shared: &Arc<Shared>) {
+    loop {
+        tokio::time::sleep(PASS_EVERY).await;
+        if let Err(error) = pass(shared).await {
+            tracing::warn!(?error, "tasks were not collected");
+        }
+    }
+}
+
+async fn pass(shared: &Arc<Shared>) -> Served<()> {
+    let state = shared.store.read().await?;
+    let now = shared.now();
+    let mut change = shared.transaction();
+    let mut completed = Vec::new();
+    let mut total = 0;
+    for row in state.all::<Task>() {
+        let reference = row.typed::<Task>();
+        total += 1;
+        if row.get(task::STATUS) == TaskStatusType::Pending {
+            let old = now.0 - row.get(task::CREATED).0 > KEPT_PENDING_SECONDS;
+            if old && !shared.tasks.runs(reference) {
+                let lost = errors::internal_error("the task made no progress for a day");
+                finish(&mut change, reference, Err(&lost), now);
+            }
+        } else {
+            completed.push((row.get(task::FINISHED), reference));
+        }
+    }
+    completed.sort_unstable();
+    let surplus = total.max(KEPT_TASKS) - KEPT_TASKS;
+    for (place, (finished, reference)) in completed.iter().enumerate() {
+        if place < surplus || now.0 - finished.0 > KEPT_COMPLETED_SECONDS {
+            change.delete(*reference);
+        }
+    }
+    if !change.is_empty() {
+        shared.store.commit(change).await?;
+    }
+    Ok(())
+}
+
