@@ -347,14 +347,20 @@ impl Store {
         self.shared.writer.stop();
     }
 
-    /// Ends: hands the lead over if it has it, writes what is not written, closes the database.
-    pub async fn shutdown(&self) {
+    /// Gives the lead, if this node has it, to the voter that has most of the log: before an end, so that the pool hardly
+    /// notices.
+    pub async fn hand_over(&self) {
         if matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. })
             && let Some(heir) = self.shared.lease.most_advanced_peer(self.shared.node_id)
             && self.transfer_leader(heir).await.is_err()
         {
-            tracing::warn!(heir, "the lead could not be handed over before the end");
+            tracing::warn!(heir, "the lead could not be handed over");
         }
+    }
+
+    /// Ends: hands the lead over if it has it, writes what is not written, closes the database.
+    pub async fn shutdown(&self) {
+        self.hand_over().await;
         if let Err(error) = self.shared.raft.shutdown().await {
             tracing::warn!(%error, "consensus did not end cleanly");
         }
