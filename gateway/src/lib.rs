@@ -1,1 +1,17 @@
-//! placeholder
+//! Bytes to calls and back; knows protocols, knows no pool.
+//!
+//! XML-RPC and JSON-RPC over TLS, plain HTTP where it is allowed, and the host's Unix socket; calls that
+//! this host cannot answer go to the member that can, as they came.
+
+mod calls;
+mod forward;
+mod http;
+mod jsonrpc;
+mod listen;
+mod tls;
+mod xmlrpc;
+
+pub use calls::Calls;
+pub use forward::{ForwardClient, forward_service};
+pub use listen::{Gateway, GatewayConfig, GatewayError};
+pub use tls::{TlsError, TlsFiles};

@@ -1,0 +1,317 @@
+//! What the gateway needs of whoever answers, and how an answer becomes a body.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use controller::{Caller, Controller, Event, EventBatch, Refusal, Reply, Request};
+use datamodel::{ApiError, Value, encode, errors};
+use futures::FutureExt;
+use tracing::Instrument;
+
+use crate::forward::ForwardClient;
+use crate::{jsonrpc, xmlrpc};
+
+/// Who answers calls.
+#[async_trait]
+pub trait Calls: Send + Sync + 'static {
+    /// Answers a call, or says who can.
+    async fn call(&self, request: Request) -> Result<Reply, Refusal>;
+}
+
+#[async_trait]
+impl Calls for Controller {
+    async fn call(&self, request: Request) -> Result<Reply, Refusal> {
+        Self::call(self, request).await
+    }
+}
+
+/// How a body is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    XmlRpc,
+    JsonRpc,
+}
+
+/// An answer's body in pieces: kept encodings are not copied into one.
+#[derive(Debug, Default)]
+pub(crate) struct Body {
+    pub(crate) pieces: Vec<Bytes>,
+    open: Vec<u8>,
+}
+
+impl Body {
+    /// Where small things are appended.
+    pub(crate) fn text(&mut self) -> &mut Vec<u8> {
+        &mut self.open
+    }
+
+    /// Appends bytes that are kept elsewhere: copied while small, shared where copying would cost more.
+    fn share(&mut self, bytes: Bytes) {
+        const WORTH_A_PIECE: usize = 8192;
+        const LARGEST_COPY: usize = 65536;
+        if bytes.len() < WORTH_A_PIECE && self.open.len() < LARGEST_COPY {
+            self.open.extend_from_slice(&bytes);
+        } else {
+            self.cut();
+            self.pieces.push(bytes);
+        }
+    }
+
+    fn cut(&mut self) {
+        if !self.open.is_empty() {
+            self.pieces.push(Bytes::from(std::mem::take(&mut self.open)));
+        }
+    }
+
+    pub(crate) fn finish(mut self) -> Vec<Bytes> {
+        self.cut();
+        self.pieces
+    }
+}
+
+/// A whole answer, ready for HTTP.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) content_type: String,
+    pub(crate) pieces: Vec<Bytes>,
+}
+
+impl Answer {
+    pub(crate) fn malformed(reason: &str) -> Self {
+        let mut text = b"<html><body><h1>HTTP 500 internal server error</h1>".to_vec();
+        encode::xml_text(reason, &mut text);
+        text.extend_from_slice(b"</body></html>");
+        Self { status: 500, content_type: "text/html".into(), pieces: vec![Bytes::from(text)] }
+    }
+}
+
+/// What it takes to answer a body.
+pub(crate) struct Server {
+    pub(crate) calls: Arc<dyn Calls>,
+    pub(crate) forward: ForwardClient,
+}
+
+/// A call and its protocol's envelope.
+pub(crate) enum Decoded {
+    Call { method: String, params: Vec<datamodel::Input>, envelope: Envelope },
+    /// To be answered at once, without a call.
+    Refused(ApiError, Envelope),
+}
+
+#[derive(Debug, Clone)]
+pub(crate) enum Envelope {
+    Xml,
+    Json1(jsonrpc::Id),
+    Json2(jsonrpc::Id),
+}
+
+impl Server {
+    /// Answers a body, here or at the member that can.
+    pub(crate) async fn answer(&self, protocol: Protocol, body: Bytes, caller: &Caller) -> Answer {
+        // A lead that moves while it is being looked for: each round waits inside, so that a few are plenty.
+        for _ in 0..8 {
+            let decoded = match protocol {
+                Protocol::XmlRpc => xmlrpc::decode(&body),
+                Protocol::JsonRpc => jsonrpc::decode(&body),
+            };
+            let (method, params, envelope) = match decoded {
+                Ok(Decoded::Call { method, params, envelope }) => (method, params, envelope),
+                Ok(Decoded::Refused(error, envelope)) => return fail(&envelope, &error),
+                Err(reason) => {
+                    tracing::debug!(reason, peer = ?caller.peer, "malformed body");
+                    return Answer::malformed(&reason);
+                }
+            };
+            let span = tracing::info_span!("call", message = %method, peer = ?caller.peer);
+            let request = Request { caller: caller.clone(), method, params };
+            let call = AssertUnwindSafe(self.calls.call(request).instrument(span)).catch_unwind();
+            match call.await {
+                Ok(Ok(reply)) => return succeed(&envelope, reply),
+                Ok(Err(Refusal::Api(error))) => return fail(&envelope, &error),
+                Ok(Err(Refusal::Forward(member))) => {
+                    match self.forward.send(&member, protocol, body.clone(), caller).await {
+                        Ok(answer) => return answer,
+                        Err(crate::forward::Lost::NotSent(reason)) => {
+                            tracing::info!(member = member.node_id, reason, "the master is not reached; looking again");
+                            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                        }
+                        Err(crate::forward::Lost::Unknown(reason)) => {
+                            tracing::warn!(member = member.node_id, reason, "the master's answer is lost");
+                            let lost = "the master was lost during the call: it was done wholly or not at all; look before repeating it";
+                            return fail(&envelope, &errors::internal_error(lost));
+                        }
+                    }
+                }
+                Ok(Err(Refusal::Retry)) => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+                Err(_) => {
+                    tracing::error!("a call panicked");
+                    return fail(&envelope, &errors::internal_error("a defect of the server; its log says more"));
+                }
+            }
+        }
+        match protocol {
+            Protocol::XmlRpc => fail(&Envelope::Xml, &errors::host_in_emergency_mode()),
+            Protocol::JsonRpc => match jsonrpc::decode(&body) {
+                Ok(Decoded::Call { envelope, .. } | Decoded::Refused(_, envelope)) => fail(&envelope, &errors::host_in_emergency_mode()),
+                Err(reason) => Answer::malformed(&reason),
+            },
+        }
+    }
+}
+
+fn answer(envelope: &Envelope, body: Body) -> Answer {
+    let content_type = if matches!(envelope, Envelope::Xml) { "text/xml" } else { "application/json" };
+    Answer { status: 200, content_type: content_type.into(), pieces: body.finish() }
+}
+
+fn fail(envelope: &Envelope, error: &ApiError) -> Answer {
+    let mut body = Body::default();
+    match envelope {
+        Envelope::Xml => xmlrpc::failure(error, body.text()),
+        Envelope::Json1(id) => jsonrpc::failure_1(error, id, body.text()),
+        Envelope::Json2(id) => jsonrpc::failure_2(error, id, body.text()),
+    }
+    answer(envelope, body)
+}
+
+fn succeed(envelope: &Envelope, reply: Reply) -> Answer {
+    let mut body = Body::default();
+    match envelope {
+        Envelope::Xml => {
+            let bare = matches!(reply, Reply::Methods(_));
+            xmlrpc::success_head(bare, body.text());
+            reply_xml(reply, &mut body);
+            xmlrpc::success_tail(bare, body.text());
+        }
+        Envelope::Json1(id) => {
+            body.text().extend_from_slice(b"{\"result\":");
+            reply_json(reply, &mut body);
+            body.text().extend_from_slice(b",\"error\":null,\"id\":");
+            id.write_to(body.text());
+            body.text().push(b'}');
+        }
+        Envelope::Json2(id) => {
+            body.text().extend_from_slice(b"{\"jsonrpc\":\"2.0\",\"result\":");
+            reply_json(reply, &mut body);
+            body.text().extend_from_slice(b",\"id\":");
+            id.write_to(body.text());
+            body.text().push(b'}');
+        }
+    }
+    answer(envelope, body)
+}
+
+fn reply_json(reply: Reply, body: &mut Body) {
+    match reply {
+        Reply::Value(value) => encode::json(&value, body.text()),
+        Reply::Record(row) => body.share(row.json()),
+        Reply::Records(rows) => {
+            body.text().push(b'{');
+            for (place, row) in rows.iter().enumerate() {
+                let text = body.text();
+                text.extend_from_slice(if place == 0 { b"\"" } else { b",\"" });
+                row.reference.write_to(text);
+                text.extend_from_slice(b"\":");
+                body.share(row.json());
+            }
+            body.text().push(b'}');
+        }
+        Reply::Events(batch) => events_json(&batch, body),
+        Reply::EventList(events) => event_list_json(&events, body),
+        Reply::Methods(names) => encode::json(&Value::Set(names.into_iter().map(Value::str).collect()), body.text()),
+    }
+}
+
+fn event_list_json(events: &[Event], body: &mut Body) {
+    body.text().push(b'[');
+    for (place, event) in events.iter().enumerate() {
+        let text = body.text();
+        if place > 0 {
+            text.push(b',');
+        }
+        text.extend_from_slice(format!("{{\"id\":\"{}\",\"timestamp\":\"0.0\",\"class\":\"{}\",\"operation\":\"{}\",\"ref\":\"", event.id, event.class, event.operation).as_bytes());
+        event.reference.write_to(text);
+        text.push(b'"');
+        if let Some(row) = &event.snapshot {
+            text.extend_from_slice(b",\"snapshot\":");
+            body.share(row.json());
+        }
+        body.text().push(b'}');
+    }
+    body.text().push(b']');
+}
+
+fn events_json(batch: &EventBatch, body: &mut Body) {
+    body.text().extend_from_slice(b"{\"events\":");
+    event_list_json(&batch.events, body);
+    body.text().extend_from_slice(b",\"valid_ref_counts\":{");
+    for (place, (class, count)) in batch.valid_ref_counts.iter().enumerate() {
+        let comma = if place > 0 { "," } else { "" };
+        body.text().extend_from_slice(format!("{comma}\"{class}\":{count}").as_bytes());
+    }
+    body.text().extend_from_slice(b"},\"token\":");
+    encode::json_string(&batch.token, body.text());
+    body.text().push(b'}');
+}
+
+fn reply_xml(reply: Reply, body: &mut Body) {
+    match reply {
+        Reply::Value(value) => encode::xml(&value, body.text()),
+        Reply::Record(row) => body.share(row.xml()),
+        Reply::Records(rows) => {
+            body.text().extend_from_slice(b"<value><struct>");
+            for row in rows {
+                let text = body.text();
+                text.extend_from_slice(b"<member><name>");
+                row.reference.write_to(text);
+                text.extend_from_slice(b"</name>");
+                body.share(row.xml());
+                body.text().extend_from_slice(b"</member>");
+            }
+            body.text().extend_from_slice(b"</struct></value>");
+        }
+        Reply::Events(batch) => events_xml(&batch, body),
+        Reply::EventList(events) => event_list_xml(&events, body),
+        Reply::Methods(names) => encode::xml(&Value::Set(names.into_iter().map(Value::str).collect()), body.text()),
+    }
+}
+
+fn member_xml(name: &str, value: &str, text: &mut Vec<u8>) {
+    text.extend_from_slice(format!("<member><name>{name}</name><value>{value}</value></member>").as_bytes());
+}
+
+fn event_list_xml(events: &[Event], body: &mut Body) {
+    body.text().extend_from_slice(b"<value><array><data>");
+    for event in events {
+        let text = body.text();
+        text.extend_from_slice(b"<value><struct>");
+        member_xml("id", &event.id.to_string(), text);
+        member_xml("timestamp", "0.0", text);
+        member_xml("class", event.class, text);
+        member_xml("operation", event.operation, text);
+        member_xml("ref", &event.reference.to_string(), text);
+        if let Some(row) = &event.snapshot {
+            text.extend_from_slice(b"<member><name>snapshot</name>");
+            body.share(row.xml());
+            body.text().extend_from_slice(b"</member>");
+        }
+        body.text().extend_from_slice(b"</struct></value>");
+    }
+    body.text().extend_from_slice(b"</data></array></value>");
+}
+
+fn events_xml(batch: &EventBatch, body: &mut Body) {
+    body.text().extend_from_slice(b"<value><struct><member><name>events</name>");
+    event_list_xml(&batch.events, body);
+    body.text().extend_from_slice(b"</member><member><name>valid_ref_counts</name><value><struct>");
+    for (class, count) in &batch.valid_ref_counts {
+        // The one place where integers travel typed.
+        body.text().extend_from_slice(format!("<member><name>{class}</name><value><i4>{count}</i4></value></member>").as_bytes());
+    }
+    body.text().extend_from_slice(b"</struct></value></member>");
+    member_xml("token", &batch.token, body.text());
+    body.text().extend_from_slice(b"</struct></value>");
+}

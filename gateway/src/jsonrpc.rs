@@ -1,0 +1,97 @@
+//! JSON-RPC 1.0 and 2.0, as the published clients read them.
+
+use datamodel::{ApiError, Input, encode, errors};
+use serde_json::Value as Json;
+
+use crate::calls::{Decoded, Envelope};
+
+/// A call's id, echoed as it came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Id {
+    Number(i64),
+    Text(String),
+}
+
+impl Id {
+    pub(crate) fn write_to(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Number(number) => out.extend_from_slice(number.to_string().as_bytes()),
+            Self::Text(text) => encode::json_string(text, out),
+        }
+    }
+}
+
+/// Reads a call. Depth is bounded by the parser.
+pub(crate) fn decode(body: &[u8]) -> Result<Decoded, String> {
+    let text = match std::str::from_utf8(body) {
+        Ok(text) => text,
+        Err(_) => {
+            let shown = String::from_utf8_lossy(body).chars().take(64).collect::<String>();
+            let error = errors::invalid_value("Invalid UTF-8 string in parameter", shown);
+            return Ok(Decoded::Refused(error, Envelope::Json2(Id::Number(0))));
+        }
+    };
+    let json: Json = serde_json::from_str(text).map_err(|error| format!("not JSON: {error}"))?;
+    let Json::Object(mut call) = json else { return Err("a call is an object; batches are not served".into()) };
+    let id = match call.remove("id") {
+        Some(Json::String(text)) => Id::Text(text),
+        Some(Json::Number(number)) => Id::Number(number.as_i64().ok_or("the id is no integer")?),
+        _ => return Err("a call has an id, a string or an integer".into()),
+    };
+    let envelope = match call.remove("jsonrpc") {
+        None => Envelope::Json1(id),
+        Some(Json::String(version)) if version == "2.0" => Envelope::Json2(id),
+        Some(_) => return Err("the version is 2.0, or left out".into()),
+    };
+    let Some(Json::String(method)) = call.remove("method") else { return Err("a call has a method".into()) };
+    let params = match call.remove("params") {
+        Some(Json::Array(params)) => params.into_iter().map(input).collect(),
+        Some(Json::Null) | None if matches!(envelope, Envelope::Json2(_)) => Vec::new(),
+        Some(object @ Json::Object(_)) if matches!(envelope, Envelope::Json2(_)) => vec![input(object)],
+        _ => return Err("params is an array".into()),
+    };
+    Ok(Decoded::Call { method, params, envelope })
+}
+
+fn input(json: Json) -> Input {
+    match json {
+        Json::Null => Input::Nil,
+        Json::Bool(truth) => Input::Bool(truth),
+        Json::Number(number) => match number.as_i64() {
+            Some(integer) => Input::Int(integer),
+            None => Input::Float(number.as_f64().unwrap_or(f64::NAN)),
+        },
+        Json::String(text) => Input::Str(text),
+        Json::Array(items) => Input::Array(items.into_iter().map(input).collect()),
+        Json::Object(members) => Input::Struct(members.into_iter().map(|(name, value)| (name, input(value))).collect()),
+    }
+}
+
+fn strings(words: impl IntoIterator<Item = impl AsRef<str>>, out: &mut Vec<u8>) {
+    out.push(b'[');
+    for (place, word) in words.into_iter().enumerate() {
+        if place > 0 {
+            out.push(b',');
+        }
+        encode::json_string(word.as_ref(), out);
+    }
+    out.push(b']');
+}
+
+pub(crate) fn failure_1(error: &ApiError, id: &Id, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"{\"result\":null,\"error\":");
+    strings(error.description(), out);
+    out.extend_from_slice(b",\"id\":");
+    id.write_to(out);
+    out.push(b'}');
+}
+
+pub(crate) fn failure_2(error: &ApiError, id: &Id, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"{\"jsonrpc\":\"2.0\",\"error\":{\"code\":1,\"message\":");
+    encode::json_string(error.code, out);
+    out.extend_from_slice(b",\"data\":");
+    strings(&error.params, out);
+    out.extend_from_slice(b"},\"id\":");
+    id.write_to(out);
+    out.push(b'}');
+}
