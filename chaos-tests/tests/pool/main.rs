@@ -1,0 +1,12 @@
+//! The pool's promises, on real processes: each test has a lab of its own and is named after what it proves.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may take a failure for what it is")]
+
+mod durability;
+mod events;
+mod lab;
+mod mastership;
+mod stock;
+mod support;
+mod vms;
+mod wire;

@@ -1,0 +1,77 @@
+//! What several of these tests do.
+
+use std::time::{Duration, Instant};
+
+use chaos_tests::client::{CallError, Client};
+use chaos_tests::lab::Lab;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+/// How long anything may take that should take a second or two.
+pub const SOON: Duration = Duration::from_secs(15);
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// Asks again until the answer is there. Panics, saying what was awaited, when it is not within the limit.
+pub async fn until<T>(limit: Duration, what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "not within {} s: {what}", limit.as_secs());
+        sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// A text in an answer.
+pub fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("{value} is no string")).to_owned()
+}
+
+/// Reference of the template with that in its name.
+pub async fn template(client: &mut Client, name: &str) -> String {
+    let vms = client.call("VM.get_all_records", json!([])).await.unwrap();
+    let all = vms.as_object().unwrap().iter();
+    let found = all.filter(|(_, vm)| vm["is_a_template"] == true);
+    let named = found.filter(|(_, vm)| text(&vm["name_label"]).contains(name)).map(|(reference, _)| reference.clone());
+    named.min().unwrap_or_else(|| panic!("no template {name:?}"))
+}
+
+/// A new halted VM without disks.
+pub async fn new_vm(client: &mut Client, name: &str) -> String {
+    let template = template(client, "Other install media").await;
+    text(&client.call("VM.clone", json!([template, name])).await.unwrap())
+}
+
+/// Waits until the lab says that another host is master, and gives its name.
+pub async fn other_master(lab: &Lab, than: &str) -> String {
+    until(SOON, "another master", async || lab.status().await.unwrap().master.filter(|name| name != than)).await
+}
+
+/// The refusal that a call must have got.
+pub fn refusal(result: Result<Value, CallError>) -> (String, Vec<String>) {
+    match result {
+        Err(CallError::Refused(failure)) => (failure.code, failure.params),
+        other => panic!("a refusal was expected: {other:?}"),
+    }
+}
+
+/// Whether a process is there; a zombie is not.
+pub fn lives(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// Ids of the living processes whose command line or working directory has all of these in it.
+pub fn processes_with(words: &[&str]) -> Vec<i32> {
+    let ids = std::fs::read_dir("/proc").unwrap().flatten();
+    let ids = ids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let about = |pid: &i32| {
+        let mut about = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let place = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+        about.extend_from_slice(place.as_os_str().as_encoded_bytes());
+        String::from_utf8_lossy(&about).into_owned()
+    };
+    let own = std::process::id() as i32;
+    ids.filter(|pid| *pid != own && lives(*pid) && words.iter().all(|word| about(pid).contains(word))).collect()
+}
