@@ -53,7 +53,7 @@ impl StoreConfig {
             node_id,
             tls,
             heartbeat: Duration::from_millis(50),
-            election: (Duration::from_millis(110), Duration::from_millis(200)),
+            election: (Duration::from_millis(150), Duration::from_millis(300)),
             snapshot_every: 20_000,
             keep_entries: 10_000,
             commit_limit: Duration::from_secs(10),

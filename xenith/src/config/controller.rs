@@ -25,12 +25,9 @@ pub struct ControllerConfig {
     pub peers: Peers,
     /// Who this host is to peers and agents.
     pub tls: Tls,
-    /// The hosts that the pool starts with: the same list on each of them. Read at the first start only.
-    #[serde(default)]
-    pub members: Vec<Member>,
-    /// Present on exactly one host: it makes the pool when there is none yet.
+    /// What the pool is made of while there is none yet; not read any more from then on.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub bootstrap: Option<Bootstrap>,
+    pub founding: Option<Founding>,
     /// Timings of consensus.
     #[serde(default)]
     pub raft: Raft,
@@ -82,7 +79,23 @@ pub struct Peers {
     pub listen: SocketAddr,
 }
 
-/// `[[members]]`: a host that the pool starts with.
+/// `[founding]`: how the pool is made. The same on each of its first hosts but for `initialize`, for any of them may be
+/// the first master.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields)]
+pub struct Founding {
+    /// On exactly one host: it starts consensus.
+    #[serde(default)]
+    pub initialize: bool,
+    /// File with the first password of root, one line, readable by its owner only. Without it the environment variable
+    /// XENITH_ROOT_PASSWORD is taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub root_password_file: Option<PathBuf>,
+    /// The hosts that the pool starts with.
+    pub members: Vec<Member>,
+}
+
+/// `[[founding.members]]`: a host that the pool starts with.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 #[serde(deny_unknown_fields)]
 pub struct Member {
@@ -96,19 +109,6 @@ pub struct Member {
     pub peer_address: SocketAddr,
     /// Where its agent listens.
     pub agent_address: SocketAddr,
-}
-
-/// `[bootstrap]`: how the pool is made.
-#[derive(Serialize, Deserialize, Clone, Debug)]
-#[serde(deny_unknown_fields)]
-pub struct Bootstrap {
-    /// File with the first password of root, one line, readable by its owner only. Without it the environment variable
-    /// XENITH_ROOT_PASSWORD is taken.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub root_password_file: Option<PathBuf>,
-    /// Key of the pool's CA (PEM), kept in the replicated state from then on, so that any master can sign for new hosts.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ca_key: Option<PathBuf>,
 }
 
 /// `[raft]`: timings of consensus. The defaults give a new master well within a second on a machine whose disk
@@ -126,7 +126,7 @@ pub struct Raft {
 
 impl Default for Raft {
     fn default() -> Self {
-        Self { heartbeat_ms: 50, election_min_ms: 110, election_max_ms: 200 }
+        Self { heartbeat_ms: 50, election_min_ms: 150, election_max_ms: 300 }
     }
 }
 
@@ -142,13 +142,6 @@ pub struct Guest {
     /// Kernel command line.
     #[serde(default)]
     pub args: String,
-}
-
-impl ControllerConfig {
-    /// This host among the members that the pool starts with.
-    pub fn this_member(&self) -> Option<&Member> {
-        self.members.iter().find(|member| member.node_id == self.node_id)
-    }
 }
 
 impl Check for ControllerConfig {
@@ -170,26 +163,25 @@ impl Check for ControllerConfig {
         if election_max_ms <= election_min_ms {
             return fault("raft.election_max_ms", "must be greater than raft.election_min_ms, or votes split for ever");
         }
-        let nodes: BTreeSet<_> = self.members.iter().map(|member| member.node_id).collect();
-        let hosts: BTreeSet<_> = self.members.iter().map(|member| member.host_uuid).collect();
-        if nodes.len() != self.members.len() || hosts.len() != self.members.len() {
-            return fault("members", "a node_id or host_uuid is there twice");
+        self.founding.as_ref().map_or(Ok(()), |founding| self.check_founding(founding))
+    }
+}
+
+impl ControllerConfig {
+    fn check_founding(&self, founding: &Founding) -> Result<(), Fault> {
+        const MEMBERS: &str = "founding.members";
+        let members = &founding.members;
+        let nodes: BTreeSet<_> = members.iter().map(|member| member.node_id).collect();
+        let hosts: BTreeSet<_> = members.iter().map(|member| member.host_uuid).collect();
+        if nodes.len() != members.len() || hosts.len() != members.len() {
+            return fault(MEMBERS, "a node_id or host_uuid is there twice");
         }
-        if !self.members.is_empty() {
-            match self.this_member() {
-                None => return fault("members", format_args!("none has this host's node_id, {}", self.node_id)),
-                Some(me) if me.host_uuid != self.host_uuid => {
-                    return fault(
-                        "members",
-                        format_args!("node_id {} has another host_uuid than this host", self.node_id),
-                    );
-                }
-                Some(_) => {}
+        match members.iter().find(|member| member.node_id == self.node_id) {
+            None => fault(MEMBERS, format_args!("none has this host's node_id, {}", self.node_id)),
+            Some(me) if me.host_uuid != self.host_uuid => {
+                fault(MEMBERS, format_args!("node_id {} has another host_uuid than this host", self.node_id))
             }
+            Some(_) => Ok(()),
         }
-        if self.bootstrap.is_some() && self.members.is_empty() {
-            return fault("members", "a host that makes the pool must be told its hosts, itself at least");
-        }
-        Ok(())
     }
 }

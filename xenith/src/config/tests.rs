@@ -40,7 +40,7 @@ fn the_examples_are_valid_and_say_the_defaults() {
     assert_eq!(controller.raft.heartbeat_ms, defaults.heartbeat_ms);
     assert_eq!(controller.raft.election_min_ms, defaults.election_min_ms);
     assert_eq!(controller.raft.election_max_ms, defaults.election_max_ms);
-    assert!(controller.this_member().is_some());
+    assert_eq!(controller.founding.unwrap().members.len(), 3);
     place.load::<AgentConfig>(AGENT).unwrap();
 }
 
@@ -64,9 +64,9 @@ fn an_unknown_key_is_refused_with_its_line_and_the_keys_that_are_known() {
 fn combinations_that_cannot_work_name_the_key_to_change() {
     let place = Place::new();
     for (from, to, key) in [
-        ("election_max_ms = 200", "election_max_ms = 110", "raft.election_max_ms"),
-        ("election_min_ms = 110", "election_min_ms = 60", "raft.election_min_ms"),
-        ("node_id = 1", "node_id = 9", "members"),
+        ("election_max_ms = 300", "election_max_ms = 110", "raft.election_max_ms"),
+        ("election_min_ms = 150", "election_min_ms = 60", "raft.election_min_ms"),
+        ("node_id = 1", "node_id = 9", "founding.members"),
         ("node_id = 1", "node_id = 0", "node_id"),
         ("/etc/xenith/tls/host.key", "/nowhere/host.key", "tls.key"),
     ] {
