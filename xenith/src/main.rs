@@ -7,7 +7,6 @@ mod cli;
 mod config;
 mod daemon;
 mod lab;
-mod pending;
 mod telemetry;
 
 use std::io::Write;
@@ -24,7 +23,7 @@ fn main() -> ExitCode {
         Command::Agent(flags) => daemon::agent(&flags),
         Command::Lab(command) => lab::run(&command),
         Command::Completions { shell } => print(&completions(shell)),
-        Command::Coverage => print(&String::new()),
+        Command::Coverage => print(&controller::coverage::document()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

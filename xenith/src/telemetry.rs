@@ -30,7 +30,7 @@ pub enum LogFormat {
     Json,
 }
 
-const DEFAULT_FILTER: &str = "info";
+const DEFAULT_FILTER: &str = "info,openraft=warn";
 /// How long a daemon that ends waits for its last spans to leave.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 

@@ -3,10 +3,10 @@
 //! Keys and certificates are made once; the configuration files are written anew at every `up`, so that they always say
 //! what this program understands and where the directory is now.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use crate::pending::PoolAuthority;
-use anyhow::Context;
+use anyhow::{Context, bail};
+use controller::certificates::{self, Issued};
 use member_agent::{AcceleratorChoice, NicSource, TlsFiles};
 use serde::Serialize;
 use uuid::Uuid;
@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::layout::{HostLayout, Layout, private_dir, private_file};
 use super::plan::{Host, Plan};
 use crate::cli::Driver;
-use crate::config::{AgentConfig, Api, Bootstrap, ControllerConfig, Log, Member, Peers, Raft, Tls, Traces};
+use crate::config::{AgentConfig, Api, ControllerConfig, Founding, Guest, Log, Member, Peers, Raft, Tls, Traces};
 
 /// Memory of a lab host: room for a few dozen of the small guests that labs run.
 const QEMU_HOST_MIB: u64 = 4 * 1024;
@@ -26,6 +26,7 @@ const CONTROL_DOMAIN_MIB: u64 = 512;
 pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
     private_file(&layout.root_password(), &format!("{}\n", plan.password))?;
     let authority = authority(layout)?;
+    let guest = guest(plan.driver)?;
     let members: Vec<_> = plan.hosts.iter().map(|host| member(plan, host)).collect();
     for (position, host) in plan.hosts.iter().enumerate() {
         let place = layout.host(&host.name);
@@ -33,10 +34,11 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
             private_dir(dir)?;
         }
         let tls = identity(&authority, layout, &place, host)?;
-        let bootstrap = (position == 0).then(|| Bootstrap {
+        let founding = Founding {
+            initialize: position == 0,
             root_password_file: Some(layout.root_password()),
-            ca_key: Some(layout.ca().join("ca.key")),
-        });
+            members: members.clone(),
+        };
         let controller = ControllerConfig {
             host_uuid: host.uuid,
             node_id: host.node_id,
@@ -52,10 +54,9 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
             },
             peers: Peers { listen: plan.peer(host) },
             tls: tls.clone(),
-            members: members.clone(),
-            bootstrap,
+            founding: Some(founding),
             raft: Raft::default(),
-            guest: None,
+            guest: guest.clone(),
             log: Log::default(),
             traces: Traces::default(),
         };
@@ -105,30 +106,54 @@ fn member(plan: &Plan, host: &Host) -> Member {
     }
 }
 
-fn authority(layout: &Layout) -> anyhow::Result<PoolAuthority> {
+/// The small Linux that `make guest` made: where XENITH_GUEST says, else in the project's cache.
+fn guest(driver: Driver) -> anyhow::Result<Option<Guest>> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = || {
+        let above = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?;
+        Some(above.join("xenith"))
+    };
+    let place = variable("XENITH_GUEST").or_else(|| Some(variable("XENITH_CACHE").or_else(cache)?.join("guest/image")));
+    let image =
+        |dir: PathBuf| Guest { kernel: dir.join("vmlinuz"), ramdisk: Some(dir.join("initrd.gz")), args: String::new() };
+    match (place.map(image), driver) {
+        (Some(guest), _) if guest.kernel.is_file() => Ok(Some(guest)),
+        (_, Driver::Sim) => Ok(None),
+        (Some(guest), Driver::Qemu) => bail!(
+            "there is no guest to boot at {}: run `make guest`, set XENITH_GUEST to where it is, or take --driver sim",
+            guest.kernel.display()
+        ),
+        (None, Driver::Qemu) => {
+            bail!("set XENITH_GUEST to the directory that `make guest` filled, or take --driver sim")
+        }
+    }
+}
+
+fn authority(layout: &Layout) -> anyhow::Result<Issued> {
     let (certificate, key) = (layout.ca().join("ca.pem"), layout.ca().join("ca.key"));
     if certificate.is_file() && key.is_file() {
         let read =
             |path: &Path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
-        return PoolAuthority::load(&read(&certificate)?, &read(&key)?).context("the lab's CA is damaged");
+        return Ok(Issued { certificate: read(&certificate)?, key: read(&key)? });
     }
     private_dir(&layout.ca())?;
-    let authority = PoolAuthority::make("lab").context("cannot make the pool's CA")?;
-    private_file(&key, authority.key_pem())?;
-    private_file(&certificate, authority.certificate_pem())?;
+    let authority = certificates::create_authority("lab").context("cannot make the pool's CA")?;
+    private_file(&key, &authority.key)?;
+    private_file(&certificate, &authority.certificate)?;
     Ok(authority)
 }
 
-fn identity(authority: &PoolAuthority, layout: &Layout, place: &HostLayout, host: &Host) -> anyhow::Result<Tls> {
+fn identity(authority: &Issued, layout: &Layout, place: &HostLayout, host: &Host) -> anyhow::Result<Tls> {
     let tls = Tls {
         ca: layout.ca().join("ca.pem"),
         certificate: place.tls().join("host.pem"),
         key: place.tls().join("host.key"),
     };
     if !(tls.certificate.is_file() && tls.key.is_file()) {
-        let issued = authority.issue(host.uuid, host.address.into()).context("cannot sign a host's certificate")?;
-        private_file(&tls.key, &issued.key_pem)?;
-        private_file(&tls.certificate, &issued.certificate_pem)?;
+        let issued = certificates::issue(authority, &host.uuid.to_string(), &[host.address.into()]);
+        let issued = issued.context("cannot sign a host's certificate")?;
+        private_file(&tls.key, &issued.key)?;
+        private_file(&tls.certificate, &issued.certificate)?;
     }
     Ok(tls)
 }

@@ -29,7 +29,8 @@ impl Socket {
         UnixStream::connect(&self.path).is_ok()
     }
 
-    fn call(&self, method: &str, params: Value) -> anyhow::Result<Value> {
+    /// One call, with its session among the arguments where it takes one.
+    pub fn call(&self, method: &str, params: Value) -> anyhow::Result<Value> {
         let body = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).to_string();
         let head = format!(
             "POST /jsonrpc HTTP/1.0\r\nHost: localhost\r\nUser-Agent: xenith-lab\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
