@@ -149,7 +149,7 @@ async fn a_reboot_keeps_a_domain_running(driver: &str) {
     let again = client.step(vm, reboot(false, Some(spec(vm)))).await.expect("reboots");
     assert_eq!(again.state(), PowerState::Running);
     if driver == "qemu" {
-        host.heartbeats(vm, 1).await;
+        host.boots(vm, 1).await;
     }
     let by = operation();
     let again = client.step_as(&by, vm, reboot(true, None)).await.expect("reboots");
