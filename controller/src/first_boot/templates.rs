@@ -39,7 +39,7 @@ pub(super) fn insert(shared: &Shared, change: &mut Transaction) {
     let tiny = Template {
         name: "Xenith guest",
         description: "A small Linux that boots in seconds, for trying things out",
-        memory: 64 * MIB,
+        memory: 128 * MIB,
         kernel: &guest.kernel,
         ramdisk: &guest.ramdisk,
         args: &guest.args,
