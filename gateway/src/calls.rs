@@ -2,6 +2,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -12,6 +13,10 @@ use tracing::Instrument;
 
 use crate::forward::ForwardClient;
 use crate::{jsonrpc, xmlrpc};
+
+/// A call that cannot be sent on waits this long for a master that can be reached.
+const PATIENCE: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(25);
 
 /// Who answers calls.
 #[async_trait]
@@ -111,8 +116,10 @@ pub(crate) enum Envelope {
 impl Server {
     /// Answers a body, here or at the member that can.
     pub(crate) async fn answer(&self, protocol: Protocol, body: Bytes, caller: &Caller) -> Answer {
-        // A lead that moves while it is being looked for: each round waits inside, so that a few are plenty.
-        for _ in 0..8 {
+        // While the lead moves, members name a master that is gone already: looking again is safe as long as the
+        // call was not sent.
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        while tokio::time::Instant::now() < deadline {
             let decoded = match protocol {
                 Protocol::XmlRpc => xmlrpc::decode(&body),
                 Protocol::JsonRpc => jsonrpc::decode(&body),
@@ -135,8 +142,8 @@ impl Server {
                     match self.forward.send(&member, protocol, body.clone(), caller).await {
                         Ok(answer) => return answer,
                         Err(crate::forward::Lost::NotSent(reason)) => {
-                            tracing::info!(member = member.node_id, reason, "the master is not reached; looking again");
-                            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                            tracing::debug!(member = member.node_id, reason, "the master is not reached; looking again");
+                            tokio::time::sleep(LOOK_AGAIN).await;
                         }
                         Err(crate::forward::Lost::Unknown(reason)) => {
                             tracing::warn!(member = member.node_id, reason, "the master's answer is lost");
@@ -145,7 +152,7 @@ impl Server {
                         }
                     }
                 }
-                Ok(Err(Refusal::Retry)) => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+                Ok(Err(Refusal::Retry)) => tokio::time::sleep(LOOK_AGAIN).await,
                 Err(_) => {
                     tracing::error!("a call panicked");
                     return fail(&envelope, &errors::internal_error("a defect of the server; its log says more"));

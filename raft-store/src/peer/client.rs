@@ -27,6 +27,8 @@ use crate::types::{Config, PeerNode, Snapshot, Vote};
 /// Every member's certificate is good for this name, whatever its address.
 pub(crate) const PEER_NAME: &str = "xenith-peer";
 const CONNECT_LIMIT: Duration = Duration::from_millis(500);
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 const LARGEST_MESSAGE: usize = 64 << 20;
 
 /// What a member shows its peers, and what it asks them to show. PEM texts.
@@ -100,7 +102,7 @@ impl RaftNetworkFactory<Config> for PeerFactory {
         let client = channel.ok().map(|channel| {
             RaftClient::new(channel).max_decoding_message_size(LARGEST_MESSAGE).max_encoding_message_size(LARGEST_MESSAGE)
         });
-        Peer { target, client }
+        Peer { target, client, failures: 0 }
     }
 }
 
@@ -108,6 +110,8 @@ impl RaftNetworkFactory<Config> for PeerFactory {
 pub(crate) struct Peer {
     target: u64,
     client: Option<RaftClient<Channel>>,
+    /// Streams that did not come about, in a row.
+    failures: u32,
 }
 
 type Rpc = RPCError<Config>;
@@ -211,7 +215,18 @@ impl RaftNetworkV2<Config> for Peer {
             let requests = input.map(|request| append_to_wire(&request));
             // The head of the answer comes at once; how long each reply takes is openraft's to judge.
             let limit = option.hard_ttl().max(CONNECT_LIMIT);
-            let replies = self.limited(RPCTypes::AppendEntries, limit, client.append(requests)).await?.into_inner();
+            let replies = match self.limited(RPCTypes::AppendEntries, limit, client.append(requests)).await {
+                Ok(replies) => replies.into_inner(),
+                Err(error) => {
+                    // openraft waits only where it is asked for entries, and a connection that is refused never
+                    // gets there: without this a dead peer would be called as fast as the machine can.
+                    let pause = LONGEST_PAUSE.min(FIRST_PAUSE * 2_u32.pow(self.failures.min(8)));
+                    self.failures = self.failures.saturating_add(1);
+                    tokio::time::sleep(pause).await;
+                    return Err(error);
+                }
+            };
+            self.failures = 0;
             let results = replies.map(|reply| reply.map_err(|status| failed(&status)).and_then(append_reply));
             Ok(results.boxed())
         })
