@@ -114,7 +114,9 @@ fn errors_module(errors: &toml::Table) -> Result<String, Failure> {
     let mut out = String::new();
     for (code, parameters) in errors {
         let mut names: Vec<String> = Vec::new();
-        for (index, parameter) in parameters.as_array().ok_or("an error's parameters are not a list")?.iter().enumerate() {
+        for (index, parameter) in
+            parameters.as_array().ok_or("an error's parameters are not a list")?.iter().enumerate()
+        {
             let mut name = identifier(parameter.as_str().unwrap_or_default());
             if name.is_empty() || names.contains(&name) {
                 name = format!("{name}_{index}").trim_start_matches('_').to_owned();
@@ -137,7 +139,11 @@ fn errors_module(errors: &toml::Table) -> Result<String, Failure> {
             values.join(", ")
         )?;
     }
-    writeln!(out, "/// Every documented code with the number of its parameters.\npub const ALL: [(&str, usize); {}] = [", errors.len())?;
+    writeln!(
+        out,
+        "/// Every documented code with the number of its parameters.\npub const ALL: [(&str, usize); {}] = [",
+        errors.len()
+    )?;
     for (code, parameters) in errors {
         writeln!(out, "    ({code:?}, {}),", parameters.as_array().map_or(0, Vec::len))?;
     }
@@ -207,8 +213,12 @@ fn constant(name: &str) -> String {
 }
 
 fn identifier(name: &str) -> String {
-    let mut out: String =
-        name.trim().to_ascii_lowercase().chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '_' }).collect();
+    let mut out: String = name
+        .trim()
+        .to_ascii_lowercase()
+        .chars()
+        .map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '_' })
+        .collect();
     if out.starts_with(|first: char| first.is_ascii_digit()) {
         out.insert(0, 'n');
     }

@@ -8,9 +8,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("cargo:rerun-if-changed={file}");
     }
     let descriptors = protox::compile(files, ["proto"])?;
-    tonic_prost_build::configure()
-        .bytes(".xenith.raft.v1")
-        .bytes(".xenith.forward.v1")
-        .compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".xenith.raft.v1").bytes(".xenith.forward.v1").compile_fds(descriptors)?;
     Ok(())
 }

@@ -126,7 +126,16 @@ impl Call {
         session: Ref<Session>,
         task: Ref<Task>,
     ) -> Self {
-        Self { shared, state, caller, message, session, task, cancel: CancellationToken::new(), wrote: AtomicBool::new(false) }
+        Self {
+            shared,
+            state,
+            caller,
+            message,
+            session,
+            task,
+            cancel: CancellationToken::new(),
+            wrote: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn now(&self) -> Timestamp {

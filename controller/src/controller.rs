@@ -72,7 +72,13 @@ impl Shared {
 impl Controller {
     /// A controller over an open store. `run` must be running for the master's chores to be done.
     #[must_use]
-    pub fn new(store: Store, agents: Agents, config: ControllerConfig, clock: Arc<dyn Clock>, shutdown: CancellationToken) -> Self {
+    pub fn new(
+        store: Store,
+        agents: Agents,
+        config: ControllerConfig,
+        clock: Arc<dyn Clock>,
+        shutdown: CancellationToken,
+    ) -> Self {
         let shared = Shared {
             store,
             config,

@@ -19,7 +19,8 @@ pub fn document() -> String {
     for class in model().classes().iter().filter(|class| !class.internal) {
         let messages = || model().messages().iter().filter(|message| message.class == class.id && !message.hidden);
         let generic = messages().filter(|message| message.implicit.is_some()).count();
-        let removed = messages().filter(|message| message.implicit.is_none() && message.state == Lifecycle::Removed).count();
+        let removed =
+            messages().filter(|message| message.implicit.is_none() && message.state == Lifecycle::Removed).count();
         let explicit: Vec<_> =
             messages().filter(|message| message.implicit.is_none() && message.state != Lifecycle::Removed).collect();
         let served = explicit.iter().filter(|message| implemented(message)).count();
@@ -28,7 +29,8 @@ pub fn document() -> String {
         }
         // Writing to a String cannot fail.
         let _ = writeln!(rows, "| {} | {generic} | {} | {served} | {removed} |", class.name, explicit.len());
-        let absent: Vec<_> = explicit.iter().filter(|message| !implemented(message)).map(|message| message.name).collect();
+        let absent: Vec<_> =
+            explicit.iter().filter(|message| !implemented(message)).map(|message| message.name).collect();
         if !absent.is_empty() {
             let _ = writeln!(missing, "- **{}**: {}", class.name, absent.join(", "));
         }

@@ -47,7 +47,10 @@ fn everywhere(request: &Request) -> Option<Result<Reply, Refusal>> {
 }
 
 fn is_login(method: &str) -> bool {
-    matches!(method, "session.login_with_password" | "session_login_with_password" | "session.slave_login" | "session_slave_login")
+    matches!(
+        method,
+        "session.login_with_password" | "session_login_with_password" | "session.slave_login" | "session_slave_login"
+    )
 }
 
 /// A call on a host that does not lead. Logins over the network are redirected, so that the client knows
@@ -74,10 +77,11 @@ fn slave_of(leader: &Member) -> ApiError {
 }
 
 async fn serve(shared: &Arc<Shared>, request: Request) -> Result<Reply, Failure> {
-    let (name, asynchronous) = match request.method.strip_prefix("Async.").or_else(|| request.method.strip_prefix("InternalAsync.")) {
-        Some(name) => (name, true),
-        None => (request.method.as_str(), false),
-    };
+    let (name, asynchronous) =
+        match request.method.strip_prefix("Async.").or_else(|| request.method.strip_prefix("InternalAsync.")) {
+            Some(name) => (name, true),
+            None => (request.method.as_str(), false),
+        };
     let Some(message) = model().message(name).filter(|message| !message.class.def().internal) else {
         return Err(errors::message_method_unknown(request.method).into());
     };

@@ -74,7 +74,8 @@ impl Subscription {
                 out.all = true;
                 continue;
             }
-            let (class, reference) = specification.split_once('/').map_or((specification, None), |(class, rest)| (class, Some(rest)));
+            let (class, reference) =
+                specification.split_once('/').map_or((specification, None), |(class, rest)| (class, Some(rest)));
             let Some(class) = ClassId::from_event_name(&class.to_ascii_lowercase()) else { continue };
             match reference {
                 None => drop(out.classes.insert(class)),
@@ -136,7 +137,12 @@ fn counts(state: &State) -> Vec<(&'static str, usize)> {
 
 /// Waits until something that is wanted has changed; the state in which it did, and the events.
 /// Ends with an empty list when the time is up, with an error when the session or the lead is lost.
-async fn wait(call: &Call, subscription: &Subscription, after: LogIndex, limit: Duration) -> Served<(Arc<State>, Vec<Event>)> {
+async fn wait(
+    call: &Call,
+    subscription: &Subscription,
+    after: LogIndex,
+    limit: Duration,
+) -> Served<(Arc<State>, Vec<Event>)> {
     let mut applied = call.shared.store.applied();
     let mut leadership = call.shared.store.leadership();
     let deadline = tokio::time::Instant::now() + limit;
@@ -180,7 +186,8 @@ async fn from(call: &Call, classes: &[String], token: &str, limit: Duration) -> 
 
 async fn inject(call: &Call, class: &str, reference: &str) -> Served<Reply> {
     let invalid = || Failure::Api(errors::handle_invalid(class, reference));
-    let id = ClassId::named(class).or_else(|| ClassId::from_event_name(&class.to_ascii_lowercase())).ok_or_else(invalid)?;
+    let id =
+        ClassId::named(class).or_else(|| ClassId::from_event_name(&class.to_ascii_lowercase())).ok_or_else(invalid)?;
     let object: OpaqueRef = reference.parse().map_err(|_| invalid())?;
     if call.state.row_of(id, object).is_none() {
         return Err(invalid());
@@ -235,8 +242,7 @@ async fn unregister(call: &Call, classes: &[String]) -> Served<Reply> {
 }
 
 async fn next_events(call: &Call) -> Served<Vec<Event>> {
-    let row = registration_of(&call.state, call.session)
-        .ok_or_else(|| errors::session_not_registered(call.session))?;
+    let row = registration_of(&call.state, call.session).ok_or_else(|| errors::session_not_registered(call.session))?;
     let classes = row.get(registration::CLASSES);
     let subscription = Subscription::new(classes.iter().map(String::as_str));
     let cursor = LogIndex(u64::try_from(row.get(registration::CURSOR)).unwrap_or(0));

@@ -19,9 +19,9 @@ pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Se
             Reply::Value(Value::Set(call.state.rows(class).map(|row| Value::Ref(row.reference)).collect()))
         }
         Implicit::GetAllRecords => Reply::Records(call.state.rows(class).cloned().collect()),
-        Implicit::GetAllWhere => {
-            Reply::Value(Value::Set(matching(call, &next())?.into_iter().map(|row| Value::Ref(row.reference)).collect()))
-        }
+        Implicit::GetAllWhere => Reply::Value(Value::Set(
+            matching(call, &next())?.into_iter().map(|row| Value::Ref(row.reference)).collect(),
+        )),
         Implicit::GetAllRecordsWhere => Reply::Records(matching(call, &next())?),
         Implicit::GetByUuid => {
             let uuid = text(&next());
@@ -164,13 +164,21 @@ fn check_members(def: &ClassDef, members: &[(Cow<'static, str>, Value)]) -> Serv
         !field.hidden && field.qualifier != Qualifier::Runtime && !field.has_default && !given.contains(field.name)
     };
     match def.fields.iter().find(wanted) {
-        Some(field) => refuse(errors::internal_error(format!("{}.create: the field {} is missing", def.name, field.name))),
+        Some(field) => {
+            refuse(errors::internal_error(format!("{}.create: the field {} is missing", def.name, field.name)))
+        }
         None => Ok(()),
     }
 }
 
 /// What a new object refers to by a relation must exist when it is made.
-fn expect_other_end(call: &Call, change: &mut raft_store::Transaction, def: &ClassDef, index: u16, value: &Value) -> Served<()> {
+fn expect_other_end(
+    call: &Call,
+    change: &mut raft_store::Transaction,
+    def: &ClassDef,
+    index: u16,
+    value: &Value,
+) -> Served<()> {
     let relation = def.field_def(index).and_then(|field| field.relation);
     if let (Some(Relation::Owner { class, .. }), Value::Ref(reference)) = (relation, value)
         && !reference.is_null()

@@ -112,8 +112,11 @@ fn allowed_in(operation: Op) -> u8 {
 /// `VM_BAD_POWER_STATE` with the states that would do.
 fn bad_power_state(vm: Ref<Vm>, states: u8, actual: Power) -> ApiError {
     let order = [Power::Halted, Power::Paused, Power::Suspended, Power::Running];
-    let expected: Vec<String> =
-        order.into_iter().filter(|power| states & bit(*power) != 0).map(|power| power.as_str().to_ascii_lowercase()).collect();
+    let expected: Vec<String> = order
+        .into_iter()
+        .filter(|power| states & bit(*power) != 0)
+        .map(|power| power.as_str().to_ascii_lowercase())
+        .collect();
     errors::vm_bad_power_state(vm, expected.join(", "), actual.as_str().to_ascii_lowercase())
 }
 
@@ -170,20 +173,23 @@ fn compatible(operation: Op, under_way: Op) -> bool {
 
 fn check_concurrency(row: &Row, operation: Op) -> Result<(), ApiError> {
     let current: BTreeMap<String, Op> = row.get(vm::CURRENT_OPERATIONS);
-    let in_the_way: Vec<(&String, &Op)> = current.iter().filter(|(_, under_way)| !compatible(operation, **under_way)).collect();
+    let in_the_way: Vec<(&String, &Op)> =
+        current.iter().filter(|(_, under_way)| !compatible(operation, **under_way)).collect();
     match in_the_way.as_slice() {
         [] => Ok(()),
-        [(task, under_way)] => Err(errors::other_operation_in_progress(
-            "VM",
-            row.typed::<Vm>(),
-            under_way.as_str(),
-            task.as_str(),
-        )),
+        [(task, under_way)] => {
+            Err(errors::other_operation_in_progress("VM", row.typed::<Vm>(), under_way.as_str(), task.as_str()))
+        }
         several => {
             let operations: Vec<&str> = several.iter().map(|(_, under_way)| under_way.as_str()).collect();
             let tasks: Vec<&str> = several.iter().map(|(task, _)| task.as_str()).collect();
             let operations = format!("{{{}}}", operations.join(","));
-            Err(errors::other_operation_in_progress("VM", row.typed::<Vm>(), operations, format!("{{{}}}", tasks.join(","))))
+            Err(errors::other_operation_in_progress(
+                "VM",
+                row.typed::<Vm>(),
+                operations,
+                format!("{{{}}}", tasks.join(",")),
+            ))
         }
     }
 }

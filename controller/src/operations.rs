@@ -75,7 +75,13 @@ impl Verb {
 }
 
 /// One operation on one VM, begun by a call.
-pub(crate) async fn run(call: &Call, vm_ref: Ref<Vm>, what: VmOperations, verb: Verb, on: Option<Ref<Host>>) -> Served<()> {
+pub(crate) async fn run(
+    call: &Call,
+    vm_ref: Ref<Vm>,
+    what: VmOperations,
+    verb: Verb,
+    on: Option<Ref<Host>>,
+) -> Served<()> {
     let (row, host_ref) = begin(call, vm_ref, what, verb, on).await?;
     finish(&call.shared, &row, verb, host_ref).await
 }
@@ -104,10 +110,11 @@ async fn begin(
         };
         let reference: Ref<Operation> = call.reference();
         let uuid = call.uuid();
-        change
-            .expect_row(&vm_row)
-            .put(vm_ref, vm::CURRENT_OPERATIONS, task_ref.to_string(), what)
-            .set(vm_ref, vm::ALLOWED_OPERATIONS, vec![VmOperations::HardShutdown; usize::from(what == VmOperations::CleanShutdown)]);
+        change.expect_row(&vm_row).put(vm_ref, vm::CURRENT_OPERATIONS, task_ref.to_string(), what).set(
+            vm_ref,
+            vm::ALLOWED_OPERATIONS,
+            vec![VmOperations::HardShutdown; usize::from(what == VmOperations::CleanShutdown)],
+        );
         if matches!(verb, Verb::Start { .. }) {
             // The host's other starts are decided against this one: two that together do not fit cannot both commit.
             let host_row = find(&state, host_ref)?;
@@ -156,7 +163,8 @@ fn place(call: &Call, state: &State, vm_row: &Row, on: Option<Ref<Host>>) -> Ser
             Ok(host_ref)
         }
         None => {
-            let master = state.all::<datamodel::Pool>().next().map_or(Ref::NULL, |row| row.get(datamodel::fields::pool::MASTER));
+            let master =
+                state.all::<datamodel::Pool>().next().map_or(Ref::NULL, |row| row.get(datamodel::fields::pool::MASTER));
             let draw = f64::from(u32::try_from(call.uuid().as_u128() & 0xffff_ffff).unwrap_or(0)) / f64::from(u32::MAX);
             Ok(placement::choose(state, vm_row, master, draw * 0.999_999)?.typed())
         }
@@ -189,8 +197,12 @@ async fn step(shared: &Arc<Shared>, row: &Arc<Row>, verb: Verb, host_ref: Ref<Ho
         Verb::Unpause => Action::Unpause(proto::agent::UnpauseDomain {}),
         Verb::CleanShutdown => Action::Shutdown(proto::agent::ShutdownDomain { timeout_ms: clean }),
         Verb::HardShutdown => Action::Destroy(proto::agent::DestroyDomain {}),
-        Verb::CleanReboot => Action::Reboot(proto::agent::RebootDomain { clean: true, timeout_ms: clean, spec: Some(spec) }),
-        Verb::HardReboot => Action::Reboot(proto::agent::RebootDomain { clean: false, timeout_ms: 0, spec: Some(spec) }),
+        Verb::CleanReboot => {
+            Action::Reboot(proto::agent::RebootDomain { clean: true, timeout_ms: clean, spec: Some(spec) })
+        }
+        Verb::HardReboot => {
+            Action::Reboot(proto::agent::RebootDomain { clean: false, timeout_ms: 0, spec: Some(spec) })
+        }
     };
     let pool = state.all::<datamodel::Pool>().next().map(|row| row.uuid().to_owned()).unwrap_or_default();
     let address = state
@@ -277,7 +289,12 @@ fn spec(row: &Row, generation: LogIndex) -> DomainSpec {
 }
 
 /// Records an operation's outcome: the VM as it is, its task, the journal. Retries while others change the VM.
-async fn record(shared: &Arc<Shared>, row: &Arc<Row>, host_ref: Ref<Host>, outcome: &Served<DomainState>) -> Served<()> {
+async fn record(
+    shared: &Arc<Shared>,
+    row: &Arc<Row>,
+    host_ref: Ref<Host>,
+    outcome: &Served<DomainState>,
+) -> Served<()> {
     let vm_ref: Ref<Vm> = row.get(operation::VM);
     let task_ref: Ref<Task> = row.get(operation::TASK);
     for _ in 0..ATTEMPTS {
@@ -305,7 +322,12 @@ async fn record(shared: &Arc<Shared>, row: &Arc<Row>, host_ref: Ref<Host>, outco
             && !shared.tasks.runs(task_ref)
         {
             let result = outcome.as_ref().map(|_| &Value::Void).map_err(|failure| failure.clone().into_api());
-            tasks::finish(&mut change, task_ref, result.as_ref().map(|value| *value).map_err(|error| error), shared.now());
+            tasks::finish(
+                &mut change,
+                task_ref,
+                result.as_ref().map(|value| *value).map_err(|error| error),
+                shared.now(),
+            );
         }
         match shared.store.commit(change).await {
             Ok(_) => return Ok(()),

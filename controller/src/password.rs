@@ -19,7 +19,10 @@ pub struct HashError(String);
 /// # Errors
 /// When argon2 refuses, or the system has no randomness.
 pub fn hash(password: &str) -> Result<String, HashError> {
-    argon().hash_password(password.as_bytes()).map(|hash| hash.to_string()).map_err(|error| HashError(error.to_string()))
+    argon()
+        .hash_password(password.as_bytes())
+        .map(|hash| hash.to_string())
+        .map_err(|error| HashError(error.to_string()))
 }
 
 /// As many checks at once as there are spare processors: a storm of logins must not starve the pool.
@@ -28,8 +31,7 @@ static CHECKS: Semaphore = Semaphore::const_new(2);
 /// Whether a password fits a hash.
 pub(crate) async fn fits(password: String, hash: String) -> bool {
     let Ok(_permit) = CHECKS.acquire().await else { return false };
-    let check = move || {
-        PasswordHash::new(&hash).is_ok_and(|hash| argon().verify_password(password.as_bytes(), &hash).is_ok())
-    };
+    let check =
+        move || PasswordHash::new(&hash).is_ok_and(|hash| argon().verify_password(password.as_bytes(), &hash).is_ok());
     tokio::task::spawn_blocking(check).await.unwrap_or(false)
 }

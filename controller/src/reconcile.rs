@@ -129,7 +129,12 @@ async fn all_domains(
     let there: HashMap<&str, &DomainState> = domains.iter().map(|domain| (domain.vm.as_str(), domain)).collect();
     for row in state.all::<Vm>().filter(|row| row.get(vm::RESIDENT_ON) == host_ref && !row.get(vm::IS_CONTROL_DOMAIN)) {
         if !there.contains_key(row.uuid()) {
-            let gone = DomainState { vm: row.uuid().to_owned(), state: PowerState::Halted.into(), domid: -1, ..Default::default() };
+            let gone = DomainState {
+                vm: row.uuid().to_owned(),
+                state: PowerState::Halted.into(),
+                domid: -1,
+                ..Default::default()
+            };
             settle(shared, host_ref, &gone).await?;
         }
     }
@@ -172,7 +177,10 @@ async fn settle(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState)
     for _ in 0..8 {
         let state = shared.store.read().await?;
         let Some(row) = state.by_uuid(<Vm as datamodel::ClassKind>::ID, &domain.vm) else { return Ok(()) };
-        if row.get(vm::RESIDENT_ON) != host_ref || !row.get(vm::CURRENT_OPERATIONS).is_empty() || same(&state, row, domain) {
+        if row.get(vm::RESIDENT_ON) != host_ref
+            || !row.get(vm::CURRENT_OPERATIONS).is_empty()
+            || same(&state, row, domain)
+        {
             return Ok(());
         }
         tracing::info!(vm = domain.vm, host = %host_ref, state = ?domain.state(), reason = domain.reason, "a domain changed by itself");
@@ -226,10 +234,11 @@ async fn show_memory(shared: &Arc<Shared>, host_ref: Ref<Host>, total: u64, free
         return Ok(());
     }
     let mut change = shared.transaction();
-    change
-        .set(metrics_ref, host_metrics::MEMORY_TOTAL, total)
-        .set(metrics_ref, host_metrics::MEMORY_FREE, free)
-        .set(metrics_ref, host_metrics::LAST_UPDATED, shared.now());
+    change.set(metrics_ref, host_metrics::MEMORY_TOTAL, total).set(metrics_ref, host_metrics::MEMORY_FREE, free).set(
+        metrics_ref,
+        host_metrics::LAST_UPDATED,
+        shared.now(),
+    );
     shared.store.commit(change).await?;
     Ok(())
 }

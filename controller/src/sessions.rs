@@ -92,7 +92,10 @@ async fn verify(call: &Call, user: &str, secret: &str) -> Served<()> {
     }
     tracing::warn!(user, peer = ?call.caller.peer, "login refused");
     tokio::time::sleep(FAILURE_DELAY).await;
-    refuse(ApiError::new(errors::SESSION_AUTHENTICATION_FAILED, vec![user.to_owned(), "Authentication failure".to_owned()]))
+    refuse(ApiError::new(
+        errors::SESSION_AUTHENTICATION_FAILED,
+        vec![user.to_owned(), "Authentication failure".to_owned()],
+    ))
 }
 
 /// `session.change_password`: for the account of a local superuser's session.
@@ -105,7 +108,10 @@ pub(crate) async fn change_password(call: &Call, new: String) -> Served<()> {
         return refuse(errors::change_password_rejected("the new password is empty"));
     }
     let hash = tokio::task::spawn_blocking(move || password::hash(&new)).await;
-    let hash = hash.ok().and_then(Result::ok).ok_or_else(|| errors::change_password_rejected("the password cannot be hashed"))?;
+    let hash = hash
+        .ok()
+        .and_then(Result::ok)
+        .ok_or_else(|| errors::change_password_rejected("the password cannot be hashed"))?;
     let account = call.state.all::<LocalUser>().find(|row| row.get(local_user::NAME) == "root");
     let account = account.ok_or_else(|| errors::internal_error("the pool has no local account"))?;
     let mut change = call.transaction();
@@ -149,7 +155,8 @@ async fn pass(shared: &Arc<Shared>) -> Served<()> {
             change.set(reference, session::LAST_ACTIVE, last);
         }
         let originator = row.get(session::ORIGINATOR);
-        let group = if originator.is_empty() { format!("user {}", row.get(session::AUTH_USER_NAME)) } else { originator };
+        let group =
+            if originator.is_empty() { format!("user {}", row.get(session::AUTH_USER_NAME)) } else { originator };
         groups.entry(group).or_default().push((last, reference));
     }
     for members in groups.values_mut().filter(|members| members.len() > SESSIONS_IN_A_GROUP) {

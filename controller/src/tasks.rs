@@ -72,7 +72,12 @@ pub(crate) fn insert(call: &Call, change: &mut Transaction, label: String, descr
 }
 
 /// Adds the end of a task to a transaction.
-pub(crate) fn finish(change: &mut Transaction, reference: Ref<Task>, outcome: Result<&Value, &ApiError>, now: Timestamp) {
+pub(crate) fn finish(
+    change: &mut Transaction,
+    reference: Ref<Task>,
+    outcome: Result<&Value, &ApiError>,
+    now: Timestamp,
+) {
     change.set(reference, task::PROGRESS, 1.0).set(reference, task::FINISHED, now).set(
         reference,
         task::ALLOWED_OPERATIONS,
@@ -88,7 +93,11 @@ pub(crate) fn finish(change: &mut Transaction, reference: Ref<Task>, outcome: Re
         Err(error) => {
             let cancelled = error.code == errors::TASK_CANCELLED;
             change.set(reference, task::ERROR_INFO, error.description());
-            change.set(reference, task::STATUS, if cancelled { TaskStatusType::Cancelled } else { TaskStatusType::Failure });
+            change.set(
+                reference,
+                task::STATUS,
+                if cancelled { TaskStatusType::Cancelled } else { TaskStatusType::Failure },
+            );
         }
     }
 }
@@ -218,4 +227,3 @@ async fn pass(shared: &Arc<Shared>) -> Served<()> {
     }
     Ok(())
 }
-

@@ -26,15 +26,34 @@ pub(crate) fn implicit(file: &ClassFile, class: &ClassDef, out: &mut Vec<Message
             other => unreachable_name(class, other),
         };
         let reads = !matches!(what, Implicit::Create | Implicit::Destroy);
-        let lowest = file.generated_roles.get(name).map_or(if reads { reading_role } else { class_role }, |name| role(name));
+        let lowest =
+            file.generated_roles.get(name).map_or(if reads { reading_role } else { class_role }, |name| role(name));
         let since = leak(file.generated_since.get(name).unwrap_or(&file.since).clone());
         out.push(message(class, name, what, params, result, lowest, (since, state), false));
         if what == Implicit::GetAll {
             let expression = || vec![param("expr", Type::String)];
             let when = (since, state);
-            out.push(message(class, "get_all_where", Implicit::GetAllWhere, expression(), set(this()), lowest, when, true));
+            out.push(message(
+                class,
+                "get_all_where",
+                Implicit::GetAllWhere,
+                expression(),
+                set(this()),
+                lowest,
+                when,
+                true,
+            ));
             let records = map(this(), record());
-            out.push(message(class, "get_all_records_where", Implicit::GetAllRecordsWhere, expression(), records, lowest, when, true));
+            out.push(message(
+                class,
+                "get_all_records_where",
+                Implicit::GetAllRecordsWhere,
+                expression(),
+                records,
+                lowest,
+                when,
+                true,
+            ));
         }
     }
     for (field, index) in class.fields.iter().zip(0_u16..).filter(|(field, _)| !field.hidden) {

@@ -104,7 +104,11 @@ impl<K: FieldValue + Ord, V: FieldValue> FieldValue for BTreeMap<K, V> {
         entries.iter().map(|(key, value)| Some((K::from_value(&key.to_value())?, V::from_value(value)?))).collect()
     }
     fn into_value(self) -> Value {
-        Value::Map(self.into_iter().filter_map(|(key, value)| Some((Key::from_value(key.into_value())?, value.into_value()))).collect())
+        Value::Map(
+            self.into_iter()
+                .filter_map(|(key, value)| Some((Key::from_value(key.into_value())?, value.into_value())))
+                .collect(),
+        )
     }
 }
 

@@ -59,7 +59,9 @@ pub fn convert(ty: &Type, input: Input, name: &str) -> Result<Value, Misfit> {
         (Type::Float, Input::Int(number)) => Value::Float(number as f64),
         (Type::Float, Input::Str(text)) => Value::Float(text.trim().parse().map_err(|_| wrong())?),
         (Type::Bool, Input::Bool(truth)) => Value::Bool(truth),
-        (Type::DateTime, Input::Time(text) | Input::Str(text)) => Value::Time(text.parse().map_err(|_| invalid(&text))?),
+        (Type::DateTime, Input::Time(text) | Input::Str(text)) => {
+            Value::Time(text.parse().map_err(|_| invalid(&text))?)
+        }
         (Type::Enum(words), Input::Str(text)) => Value::Enum(words.word(&text).ok_or_else(|| invalid(&text))?),
         (Type::Ref(class), Input::Str(text)) => Value::Ref(reference(*class, &text)?),
         (Type::Ref(_), Input::Nil) => Value::Ref(OpaqueRef::NULL),
@@ -86,7 +88,9 @@ fn integer(text: &str) -> Option<i64> {
     let text = text.trim();
     let (sign, digits) = text.strip_prefix('-').map_or((1, text), |digits| (-1, digits));
     match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
-        Some(hex) if hex.bytes().all(|byte| byte.is_ascii_hexdigit()) => i64::from_str_radix(hex, 16).ok()?.checked_mul(sign),
+        Some(hex) if hex.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+            i64::from_str_radix(hex, 16).ok()?.checked_mul(sign)
+        }
         Some(_) => None,
         None => text.parse().ok(),
     }
@@ -105,7 +109,8 @@ fn record(class: ClassId, members: Vec<(String, Input)>) -> Result<Value, Misfit
     let def = class.def();
     let mut out: Vec<(Cow<'static, str>, Value)> = Vec::with_capacity(members.len());
     for (member, content) in members {
-        let Some(field) = def.field(&member).and_then(|index| def.field_def(index)).filter(|field| !field.hidden) else {
+        let Some(field) = def.field(&member).and_then(|index| def.field_def(index)).filter(|field| !field.hidden)
+        else {
             continue;
         };
         // What only the pool sets is not the caller's to say: whole records are sent back by some clients.

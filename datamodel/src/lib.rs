@@ -28,7 +28,9 @@ pub use error::ApiError;
 pub use field::{Field, FieldValue};
 pub use filter::Filter;
 pub use input::{Input, Misfit, convert};
-pub use model::{ClassDef, FieldDef, Implicit, Lifecycle, MessageDef, Model, Param, Qualifier, RbacRole, Relation, model};
+pub use model::{
+    ClassDef, FieldDef, Implicit, Lifecycle, MessageDef, Model, Param, Qualifier, RbacRole, Relation, model,
+};
 pub use reference::{ClassId, ClassKind, NotAReference, OpaqueRef, Ref};
 pub use timestamp::{NotADate, Timestamp};
 pub use types::{EnumDef, Type};

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 
 use crate::derive;
-use crate::model::{ClassDef, FieldDef, Lifecycle, MessageDef, Model, Param, Qualifier, Relation, RbacRole};
+use crate::model::{ClassDef, FieldDef, Lifecycle, MessageDef, Model, Param, Qualifier, RbacRole, Relation};
 use crate::notation;
 use crate::{ClassId, EnumDef, Type};
 
@@ -106,9 +106,12 @@ pub(crate) fn role(name: &str) -> RbacRole {
 }
 
 pub(crate) fn load() -> Model {
-    let files: Vec<ClassFile> =
-        SOURCES.iter().map(|(name, text)| toml::from_str(text).unwrap_or_else(|error| panic!("class file {name}: {error}"))).collect();
-    let ids: HashMap<&str, ClassId> = files.iter().zip(0..).map(|(file, index)| (file.name.as_str(), ClassId(index))).collect();
+    let files: Vec<ClassFile> = SOURCES
+        .iter()
+        .map(|(name, text)| toml::from_str(text).unwrap_or_else(|error| panic!("class file {name}: {error}")))
+        .collect();
+    let ids: HashMap<&str, ClassId> =
+        files.iter().zip(0..).map(|(file, index)| (file.name.as_str(), ClassId(index))).collect();
     let (enums, words) = enums(&files);
     let class = |name: &str| ids.get(name).copied();
     let word = |name: &str| words.get(name).copied();
@@ -124,7 +127,8 @@ pub(crate) fn load() -> Model {
             .map(|(name, entry)| {
                 let ty = parse(&entry.r#type).unwrap_or_else(|error| panic!("{}.{name}: {error}", file.name));
                 let default = entry.default.as_deref().map(|text| {
-                    notation::parse_default(&ty, text).unwrap_or_else(|| panic!("{}.{name}: bad default {text}", file.name))
+                    notation::parse_default(&ty, text)
+                        .unwrap_or_else(|| panic!("{}.{name}: bad default {text}", file.name))
                 });
                 FieldDef {
                     name: leak(name.clone()),
@@ -148,14 +152,22 @@ pub(crate) fn load() -> Model {
             })
             .collect();
         let event_name = leak(file.name.to_ascii_lowercase());
-        classes.push(ClassDef::new(ClassId(index), leak(file.name.clone()), event_name, file.stored, file.internal, fields));
+        classes.push(ClassDef::new(
+            ClassId(index),
+            leak(file.name.clone()),
+            event_name,
+            file.stored,
+            file.internal,
+            fields,
+        ));
     }
     relate(&files, &mut classes);
 
     let mut messages = Vec::new();
     for (file, class) in files.iter().zip(&classes) {
         for (name, entry) in &file.messages {
-            let entry: MessageEntry = entry.clone().try_into().unwrap_or_else(|error| panic!("{}.{name}: {error}", file.name));
+            let entry: MessageEntry =
+                entry.clone().try_into().unwrap_or_else(|error| panic!("{}.{name}: {error}", file.name));
             messages.push(explicit(class, name, entry, &parse));
         }
         derive::implicit(file, class, &mut messages);
@@ -171,7 +183,8 @@ fn enums(files: &[ClassFile]) -> Enums {
     for (file, index) in files.iter().zip(0..) {
         for (name, values) in &file.enums {
             let values = values.as_array().unwrap_or_else(|| panic!("{}: enum {name} is no list", file.name));
-            let values = values.iter().map(|value| leak(value.as_str().expect("words are strings").to_owned())).collect();
+            let values =
+                values.iter().map(|value| leak(value.as_str().expect("words are strings").to_owned())).collect();
             let def: &'static EnumDef = Box::leak(Box::new(EnumDef { name: leak(name.clone()), words: values }));
             listed.push((ClassId(index), def));
             words.entry(name.clone()).or_insert(def);
@@ -192,7 +205,10 @@ fn field_entries(file: &ClassFile) -> Vec<(String, FieldEntry)> {
 fn relate(files: &[ClassFile], classes: &mut [ClassDef]) {
     let find = |classes: &[ClassDef], path: &str| -> (ClassId, u16) {
         let (class, field) = path.split_once('.').unwrap_or_else(|| panic!("relation {path} names no field"));
-        let class = classes.iter().find(|known| known.name == class).unwrap_or_else(|| panic!("relation {path}: no such class"));
+        let class = classes
+            .iter()
+            .find(|known| known.name == class)
+            .unwrap_or_else(|| panic!("relation {path}: no such class"));
         (class.id, class.field(field).unwrap_or_else(|| panic!("relation {path}: no such field")))
     };
     for (file, index) in files.iter().zip(0_u16..) {
@@ -207,21 +223,29 @@ fn relate(files: &[ClassFile], classes: &mut [ClassDef]) {
                     Some(Relation::Owner { class, follower: field });
             } else if let Some(twin) = entry.pairs_with {
                 let (twin_class, twin_field) = find(classes, &twin);
-                classes[usize::from(index)].fields[usize::from(field)].relation = Some(Relation::Pair { class: twin_class, field: twin_field });
+                classes[usize::from(index)].fields[usize::from(field)].relation =
+                    Some(Relation::Pair { class: twin_class, field: twin_field });
             }
         }
     }
 }
 
-fn explicit(class: &ClassDef, name: &str, entry: MessageEntry, parse: &dyn Fn(&str) -> Result<Type, String>) -> MessageDef {
+fn explicit(
+    class: &ClassDef,
+    name: &str,
+    entry: MessageEntry,
+    parse: &dyn Fn(&str) -> Result<Type, String>,
+) -> MessageDef {
     let full_name = leak(format!("{}.{name}", class.name));
     let ty = |text: &str| parse(text).unwrap_or_else(|error| panic!("{full_name}: {error}"));
     let params = entry.params.iter().map(|param| {
-        let (param, rest) = param.split_once(": ").unwrap_or_else(|| panic!("{full_name}: parameter without type: {param}"));
+        let (param, rest) =
+            param.split_once(": ").unwrap_or_else(|| panic!("{full_name}: parameter without type: {param}"));
         let (text, default) = rest.split_once(" = ").map_or((rest, None), |(text, default)| (text, Some(default)));
         let ty = ty(text);
-        let default = default
-            .map(|default| notation::parse_default(&ty, default).unwrap_or_else(|| panic!("{full_name}: bad default {default}")));
+        let default = default.map(|default| {
+            notation::parse_default(&ty, default).unwrap_or_else(|| panic!("{full_name}: bad default {default}"))
+        });
         Param { name: leak(param.to_owned()), ty, default }
     });
     MessageDef {

@@ -35,7 +35,8 @@ pub enum RbacRole {
 
 impl RbacRole {
     /// Every role, lowest first.
-    pub const ALL: [Self; 6] = [Self::ReadOnly, Self::VmOperator, Self::VmAdmin, Self::VmPowerAdmin, Self::PoolOperator, Self::PoolAdmin];
+    pub const ALL: [Self; 6] =
+        [Self::ReadOnly, Self::VmOperator, Self::VmAdmin, Self::VmPowerAdmin, Self::PoolOperator, Self::PoolAdmin];
 
     /// The name that the API uses.
     #[must_use]
@@ -147,7 +148,14 @@ pub struct ClassDef {
 }
 
 impl ClassDef {
-    pub(crate) fn new(id: ClassId, name: &'static str, event_name: &'static str, stored: bool, internal: bool, fields: Vec<FieldDef>) -> Self {
+    pub(crate) fn new(
+        id: ClassId,
+        name: &'static str,
+        event_name: &'static str,
+        stored: bool,
+        internal: bool,
+        fields: Vec<FieldDef>,
+    ) -> Self {
         let by_name = fields.iter().zip(0..).map(|(field, index)| (field.name, index)).collect();
         // Sessions, users and secrets are nobody else's business.
         let emits_events = stored && !internal && !matches!(name, "session" | "user" | "secret");
@@ -256,7 +264,11 @@ pub struct Model {
 }
 
 impl Model {
-    pub(crate) fn new(classes: Vec<ClassDef>, messages: Vec<MessageDef>, enums: Vec<(ClassId, &'static EnumDef)>) -> Self {
+    pub(crate) fn new(
+        classes: Vec<ClassDef>,
+        messages: Vec<MessageDef>,
+        enums: Vec<(ClassId, &'static EnumDef)>,
+    ) -> Self {
         let class_by_name = classes.iter().map(|class| (class.name, class.id)).collect();
         let class_by_event_name = classes.iter().map(|class| (class.event_name, class.id)).collect();
         let mut message_by_name = HashMap::with_capacity(messages.len() * 2);

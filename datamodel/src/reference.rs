@@ -52,7 +52,11 @@ impl OpaqueRef {
 
 impl fmt::Display for OpaqueRef {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_null() { write!(formatter, "{PREFIX}NULL") } else { write!(formatter, "{PREFIX}{}", self.bits().hyphenated()) }
+        if self.is_null() {
+            write!(formatter, "{PREFIX}NULL")
+        } else {
+            write!(formatter, "{PREFIX}{}", self.bits().hyphenated())
+        }
     }
 }
 
@@ -74,7 +78,10 @@ impl FromStr for OpaqueRef {
         match text.strip_prefix(PREFIX) {
             Some("NULL") => Ok(Self::NULL),
             // Only the exact spelling that we hand out: another one is another client's invention.
-            Some(bits) if bits.len() == uuid::fmt::Hyphenated::LENGTH && !bits.bytes().any(|byte| byte.is_ascii_uppercase()) => {
+            Some(bits)
+                if bits.len() == uuid::fmt::Hyphenated::LENGTH
+                    && !bits.bytes().any(|byte| byte.is_ascii_uppercase()) =>
+            {
                 Uuid::try_parse(bits).map(Self::from_uuid).map_err(|_| NotAReference)
             }
             _ => Err(NotAReference),

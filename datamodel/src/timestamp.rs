@@ -105,7 +105,9 @@ mod tests {
         for text in ["20240102T03:04:05Z", "2024-01-02T03:04:05Z", "20240102T03:04:05", "20240102T04:04:05+01:00"] {
             assert_eq!(text.parse(), Ok(Timestamp(1_704_164_645)), "{text}");
         }
-        for text in ["", "T", "20241301T00:00:00Z", "2024", "20240101T00:00", "20240101T0é:00:00Z", "２0240101T00:00:00Z"] {
+        for text in
+            ["", "T", "20241301T00:00:00Z", "2024", "20240101T00:00", "20240101T0é:00:00Z", "２0240101T00:00:00Z"]
+        {
             assert_eq!(text.parse::<Timestamp>(), Err(NotADate), "{text}");
         }
         assert_eq!(Timestamp::EPOCH.to_string(), "19700101T00:00:00Z");

@@ -17,7 +17,11 @@ impl EnumDef {
     /// The model's spelling of a word; case does not matter.
     #[must_use]
     pub fn word(&self, text: &str) -> Option<&'static str> {
-        self.words.iter().copied().find(|word| *word == text).or_else(|| self.words.iter().copied().find(|word| word.eq_ignore_ascii_case(text)))
+        self.words
+            .iter()
+            .copied()
+            .find(|word| *word == text)
+            .or_else(|| self.words.iter().copied().find(|word| word.eq_ignore_ascii_case(text)))
     }
 }
 

@@ -67,13 +67,19 @@ fn classes_fields_and_enums_are_the_published_ones() {
             assert_eq!(state(field.state), text(their, "state"), "{name}");
         }
         assert!(fields.is_empty(), "{}: missing {fields:?}", class.name);
-        let enums: BTreeMap<&str, Vec<&str>> =
-            model().enums().iter().filter(|(owner, _)| *owner == class.id).map(|(_, def)| (def.name, def.words.clone())).collect();
+        let enums: BTreeMap<&str, Vec<&str>> = model()
+            .enums()
+            .iter()
+            .filter(|(owner, _)| *owner == class.id)
+            .map(|(_, def)| (def.name, def.words.clone()))
+            .collect();
         let their_enums: BTreeMap<&str, Vec<&str>> = theirs["enums"]
             .as_object()
             .into_iter()
             .flatten()
-            .map(|(name, words)| (name.as_str(), words.as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect()))
+            .map(|(name, words)| {
+                (name.as_str(), words.as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect())
+            })
             .collect();
         assert_eq!(enums, their_enums, "{}", class.name);
     }

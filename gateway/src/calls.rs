@@ -101,7 +101,11 @@ pub(crate) struct Server {
 
 /// A call and its protocol's envelope.
 pub(crate) enum Decoded {
-    Call { method: String, params: Vec<datamodel::Input>, envelope: Envelope },
+    Call {
+        method: String,
+        params: Vec<datamodel::Input>,
+        envelope: Envelope,
+    },
     /// To be answered at once, without a call.
     Refused(ApiError, Envelope),
 }
@@ -142,7 +146,11 @@ impl Server {
                     match self.forward.send(&member, protocol, body.clone(), caller).await {
                         Ok(answer) => return answer,
                         Err(crate::forward::Lost::NotSent(reason)) => {
-                            tracing::debug!(member = member.node_id, reason, "the master is not reached; looking again");
+                            tracing::debug!(
+                                member = member.node_id,
+                                reason,
+                                "the master is not reached; looking again"
+                            );
                             tokio::time::sleep(LOOK_AGAIN).await;
                         }
                         Err(crate::forward::Lost::Unknown(reason)) => {
@@ -162,7 +170,9 @@ impl Server {
         match protocol {
             Protocol::XmlRpc => fail(&Envelope::Xml, &errors::host_in_emergency_mode()),
             Protocol::JsonRpc => match jsonrpc::decode(&body) {
-                Ok(Decoded::Call { envelope, .. } | Decoded::Refused(_, envelope)) => fail(&envelope, &errors::host_in_emergency_mode()),
+                Ok(Decoded::Call { envelope, .. } | Decoded::Refused(_, envelope)) => {
+                    fail(&envelope, &errors::host_in_emergency_mode())
+                }
                 Err(reason) => Answer::malformed(&reason),
             },
         }
@@ -239,7 +249,13 @@ fn event_list_json(events: &[Event], body: &mut Body) {
         if place > 0 {
             text.push(b',');
         }
-        text.extend_from_slice(format!("{{\"id\":\"{}\",\"timestamp\":\"0.0\",\"class\":\"{}\",\"operation\":\"{}\",\"ref\":\"", event.id, event.class, event.operation).as_bytes());
+        text.extend_from_slice(
+            format!(
+                "{{\"id\":\"{}\",\"timestamp\":\"0.0\",\"class\":\"{}\",\"operation\":\"{}\",\"ref\":\"",
+                event.id, event.class, event.operation
+            )
+            .as_bytes(),
+        );
         event.reference.write_to(text);
         text.push(b'"');
         if let Some(row) = &event.snapshot {
@@ -316,7 +332,9 @@ fn events_xml(batch: &EventBatch, body: &mut Body) {
     body.text().extend_from_slice(b"</member><member><name>valid_ref_counts</name><value><struct>");
     for (class, count) in &batch.valid_ref_counts {
         // The one place where integers travel typed.
-        body.text().extend_from_slice(format!("<member><name>{class}</name><value><i4>{count}</i4></value></member>").as_bytes());
+        body.text().extend_from_slice(
+            format!("<member><name>{class}</name><value><i4>{count}</i4></value></member>").as_bytes(),
+        );
     }
     body.text().extend_from_slice(b"</struct></value></member>");
     member_xml("token", &batch.token, body.text());

@@ -62,7 +62,13 @@ impl ForwardClient {
         Ok(channel)
     }
 
-    pub(crate) async fn send(&self, member: &Member, protocol: Protocol, body: Bytes, caller: &Caller) -> Result<Answer, Lost> {
+    pub(crate) async fn send(
+        &self,
+        member: &Member,
+        protocol: Protocol,
+        body: Bytes,
+        caller: &Caller,
+    ) -> Result<Answer, Lost> {
         let mut client = Client::new(self.channel(&member.peer_address)?)
             .max_decoding_message_size(LARGEST_MESSAGE)
             .max_encoding_message_size(LARGEST_MESSAGE);
@@ -104,7 +110,10 @@ fn lost(status: &Status) -> Lost {
     }
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
-        if error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused) {
+        if error
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+        {
             return Lost::NotSent(status.message().to_owned());
         }
         cause = error.source();
@@ -145,7 +154,8 @@ impl Forward for Receiver {
             idempotency_key: Some(call.idempotency_key).filter(|key| !key.is_empty()),
         };
         let answer = self.server.answer(protocol, call.body, &caller).await;
-        let mut parts = vec![AnswerPart { status: answer.status.into(), content_type: answer.content_type, body: Bytes::new() }];
+        let mut parts =
+            vec![AnswerPart { status: answer.status.into(), content_type: answer.content_type, body: Bytes::new() }];
         for mut piece in answer.pieces {
             while !piece.is_empty() {
                 let part = piece.split_to(piece.len().min(PIECE));

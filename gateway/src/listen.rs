@@ -84,7 +84,8 @@ impl Gateway {
     ) -> Result<Self, GatewayError> {
         let site = Arc::new(Site { server: Server { calls, forward }, largest_body: config.largest_body });
         let tasks = TaskTracker::new();
-        let shared = Shared { site, tasks: tasks.clone(), room: Arc::new(Semaphore::new(config.connections)), shutdown };
+        let shared =
+            Shared { site, tasks: tasks.clone(), room: Arc::new(Semaphore::new(config.connections)), shutdown };
         let mut tls = Vec::new();
         if !config.tls.is_empty() {
             let acceptor = TlsAcceptor::from(config.certificate.server()?);

@@ -17,7 +17,10 @@ pub(crate) fn decode(body: &[u8]) -> Result<Decoded, String> {
         Ok(text) => text,
         Err(_) => {
             let shown = String::from_utf8_lossy(body).chars().take(64).collect::<String>();
-            return Ok(Decoded::Refused(errors::invalid_value("Invalid UTF-8 string in parameter", shown), Envelope::Xml));
+            return Ok(Decoded::Refused(
+                errors::invalid_value("Invalid UTF-8 string in parameter", shown),
+                Envelope::Xml,
+            ));
         }
     };
     let mut parser = Parser { reader: Reader::from_str(text), depth: 0 };
@@ -240,7 +243,9 @@ const TAIL: &[u8] = b"</param></params></methodResponse>";
 pub(crate) fn success_head(bare: bool, out: &mut Vec<u8>) {
     out.extend_from_slice(HEAD);
     if !bare {
-        out.extend_from_slice(b"<value><struct><member><name>Status</name><value>Success</value></member><member><name>Value</name>");
+        out.extend_from_slice(
+            b"<value><struct><member><name>Status</name><value>Success</value></member><member><name>Value</name>",
+        );
     }
 }
 

@@ -133,7 +133,9 @@ fn write_all(state: &mut State, index: LogIndex, transaction: &Transaction, dirt
             Write::InsertInMap(class, reference, field, key, value) => {
                 editor.edit_map(*class, *reference, *field, key, Some(value));
             }
-            Write::RemoveFromMap(class, reference, field, key) => editor.edit_map(*class, *reference, *field, key, None),
+            Write::RemoveFromMap(class, reference, field, key) => {
+                editor.edit_map(*class, *reference, *field, key, None)
+            }
             Write::Touch(class, reference) => {
                 if let Some(row) = editor.row(*class, *reference) {
                     editor.replace(&row, |_| {});
@@ -210,7 +212,15 @@ impl Editor<'_> {
     }
 
     /// The other end of a relation follows a change of this one.
-    fn follow(&mut self, class: ClassId, reference: OpaqueRef, field: u16, relation: Relation, old: &Value, new: &Value) {
+    fn follow(
+        &mut self,
+        class: ClassId,
+        reference: OpaqueRef,
+        field: u16,
+        relation: Relation,
+        old: &Value,
+        new: &Value,
+    ) {
         let this = Value::Ref(reference);
         match relation {
             Relation::Owner { class: other, follower } => {
@@ -221,7 +231,8 @@ impl Editor<'_> {
                 }
             }
             Relation::Pair { class: other, field: twin } => {
-                let members = |value: &Value| if let Value::Set(members) = value { members.clone() } else { Vec::new() };
+                let members =
+                    |value: &Value| if let Value::Set(members) = value { members.clone() } else { Vec::new() };
                 let (old, new) = (members(old), members(new));
                 for lost in old.iter().filter(|member| !new.contains(member)) {
                     if let Value::Ref(end) = lost {
@@ -267,7 +278,11 @@ impl Editor<'_> {
             return;
         }
         let mut members = members.clone();
-        if add { members.push(value.clone()) } else { members.retain(|member| member != value) }
+        if add {
+            members.push(value.clone())
+        } else {
+            members.retain(|member| member != value)
+        }
         self.assign(class, reference, field, Value::Set(members));
     }
 
@@ -303,7 +318,9 @@ impl Editor<'_> {
         let Some(row) = self.row(class, reference) else { return };
         unlink(self.state, &row);
         self.state.changes.remove(&(row.modified, class, reference));
-        self.state.tombstones.insert((self.index, class, reference), Tombstone { created: row.created, time: self.time });
+        self.state
+            .tombstones
+            .insert((self.index, class, reference), Tombstone { created: row.created, time: self.time });
         self.dirty.insert((class, reference));
     }
 }

@@ -81,7 +81,10 @@ fn value_to_wire(value: &Value) -> wire::Value {
         Value::Map(entries) => Kind::Map(wire::Entries {
             entries: entries
                 .iter()
-                .map(|(key, value)| wire::Entry { key: Some(value_to_wire(&key.to_value())), value: Some(value_to_wire(value)) })
+                .map(|(key, value)| wire::Entry {
+                    key: Some(value_to_wire(&key.to_value())),
+                    value: Some(value_to_wire(value)),
+                })
                 .collect(),
         }),
         // Records that are no rows are never stored.
@@ -101,9 +104,9 @@ fn value_from_wire(ty: &Type, value: wire::Value) -> Result<Value, DecodeError> 
         (_, Kind::Time(time)) => Value::Time(Timestamp(time)),
         (Type::Enum(words), Kind::Word(word)) => Value::Enum(words.word(&word).ok_or(DecodeError::BadValue)?),
         (_, Kind::Reference(bytes)) => Value::Ref(reference(&bytes)?),
-        (Type::Set(element), Kind::Set(values)) => {
-            Value::Set(values.values.into_iter().map(|value| value_from_wire(element, value)).collect::<Result<_, _>>()?)
-        }
+        (Type::Set(element), Kind::Set(values)) => Value::Set(
+            values.values.into_iter().map(|value| value_from_wire(element, value)).collect::<Result<_, _>>()?,
+        ),
         (Type::Map(key_type, value_type), Kind::Map(entries)) => {
             let mut map = BTreeMap::new();
             for entry in entries.entries {
@@ -141,7 +144,8 @@ fn named(class: ClassId, index: u16, value: &Value) -> wire::FieldValue {
 
 /// Transactions as one log payload.
 pub(crate) fn encode_batch(transactions: &[Transaction]) -> Bytes {
-    let batch = wire::TransactionBatch { format: FORMAT, transactions: transactions.iter().map(transaction_to_wire).collect() };
+    let batch =
+        wire::TransactionBatch { format: FORMAT, transactions: transactions.iter().map(transaction_to_wire).collect() };
     Bytes::from(batch.encode_to_vec())
 }
 
@@ -178,7 +182,9 @@ fn expectation_to_wire(expectation: &Expectation) -> wire::Expectation {
         Expectation::Exists(class, reference) => (class, *reference, What::Exists(true)),
         Expectation::Absent(class, reference) => (class, *reference, What::Absent(true)),
         Expectation::Unmodified(class, reference, modified) => (class, *reference, What::Unmodified(modified.0)),
-        Expectation::Value(class, reference, index, value) => (class, *reference, What::Value(named(*class, *index, value))),
+        Expectation::Value(class, reference, index, value) => {
+            (class, *reference, What::Value(named(*class, *index, value)))
+        }
         Expectation::KeyAbsent(class, reference, index, key) => {
             (class, *reference, What::KeyAbsent(named(*class, *index, &key.to_value())))
         }
@@ -221,7 +227,9 @@ fn write_to_wire(write: &Write) -> wire::Write {
             (class, reference, What::Insert(wire::Fields { fields }))
         }
         Write::Set(class, reference, index, value) => (class, reference, What::Set(named(*class, *index, value))),
-        Write::AddToSet(class, reference, index, value) => (class, reference, What::AddToSet(named(*class, *index, value))),
+        Write::AddToSet(class, reference, index, value) => {
+            (class, reference, What::AddToSet(named(*class, *index, value)))
+        }
         Write::RemoveFromSet(class, reference, index, value) => {
             (class, reference, What::RemoveFromSet(named(*class, *index, value)))
         }
@@ -318,7 +326,11 @@ pub(crate) fn row_from_wire(stored: wire::StoredRow) -> Result<Row, DecodeError>
 }
 
 /// A remembered outcome as it rests.
-pub(crate) fn outcome_to_wire(transaction: Uuid, sequence: u64, outcome: &Result<LogIndex, Conflict>) -> wire::StoredOutcome {
+pub(crate) fn outcome_to_wire(
+    transaction: Uuid,
+    sequence: u64,
+    outcome: &Result<LogIndex, Conflict>,
+) -> wire::StoredOutcome {
     let (index, conflict, class, reference) = match outcome {
         Ok(index) => (index.0, "", "", OpaqueRef::NULL),
         Err(Conflict::Missing(class, reference)) => (0, "missing", *class, *reference),
@@ -338,7 +350,9 @@ pub(crate) fn outcome_to_wire(transaction: Uuid, sequence: u64, outcome: &Result
 }
 
 /// A remembered outcome back from its rest.
-pub(crate) fn outcome_from_wire(stored: &wire::StoredOutcome) -> Result<(Uuid, Result<LogIndex, Conflict>), DecodeError> {
+pub(crate) fn outcome_from_wire(
+    stored: &wire::StoredOutcome,
+) -> Result<(Uuid, Result<LogIndex, Conflict>), DecodeError> {
     let id = Uuid::from_slice(&stored.transaction).map_err(|_| DecodeError::BadValue)?;
     if stored.conflict.is_empty() {
         return Ok((id, Ok(LogIndex(stored.index))));

@@ -80,7 +80,13 @@ impl Lease {
 }
 
 /// Publishes who leads, until the store ends.
-pub(crate) async fn follow(this: u64, raft: Raft, machine: Arc<Machine>, lease: Lease, publish: watch::Sender<Leadership>) {
+pub(crate) async fn follow(
+    this: u64,
+    raft: Raft,
+    machine: Arc<Machine>,
+    lease: Lease,
+    publish: watch::Sender<Leadership>,
+) {
     let mut metrics = raft.metrics();
     let mut office = machine.office.subscribe();
     loop {

@@ -41,8 +41,13 @@ impl LogStore {
     pub(crate) fn open(disk: Disk, writer: Arc<Writer>) -> Result<Self, io::Error> {
         let purged = disk.purged()?;
         let last = disk.last_entry()?.map(|entry| entry.log_id()).or(purged);
-        let recent =
-            Recent { vote: disk.vote()?, flushed: last.map_or(0, |last| last.index()), purged, last, entries: BTreeMap::new() };
+        let recent = Recent {
+            vote: disk.vote()?,
+            flushed: last.map_or(0, |last| last.index()),
+            purged,
+            last,
+            entries: BTreeMap::new(),
+        };
         Ok(Self { disk, writer, recent: Arc::new(RwLock::new(recent)) })
     }
 
@@ -81,7 +86,8 @@ impl RaftLogReader<Config> for LogStore {
             }
         }
         let disk = self.disk.clone();
-        let mut out = tokio::task::spawn_blocking(move || disk.entries(start, end)).await.map_err(io::Error::other)??;
+        let mut out =
+            tokio::task::spawn_blocking(move || disk.entries(start, end)).await.map_err(io::Error::other)??;
         // The newest of them may be in memory only.
         let next = out.last().map_or(start, |entry| entry.log_id().index() + 1);
         let recent = self.recent.read();

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use openraft::impls::ProgressResponder;
 use openraft::errors::ClientWriteError;
+use openraft::impls::ProgressResponder;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::codec::encode_batch;

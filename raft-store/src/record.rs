@@ -6,8 +6,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use openraft::EntryPayload;
 use openraft::entry::RaftEntry;
-use openraft::vote::RaftLeaderId;
 use openraft::impls::leader_id_std;
+use openraft::vote::RaftLeaderId;
 use prost::Message;
 use proto::raft as wire;
 
@@ -25,7 +25,11 @@ pub(crate) fn log_id_to_wire(id: &LogId) -> wire::LogId {
 }
 
 pub(crate) fn vote(ballot: &wire::Ballot) -> Vote {
-    if ballot.committed { Vote::new_committed(ballot.term, ballot.node_id) } else { Vote::new(ballot.term, ballot.node_id) }
+    if ballot.committed {
+        Vote::new_committed(ballot.term, ballot.node_id)
+    } else {
+        Vote::new(ballot.term, ballot.node_id)
+    }
 }
 
 pub(crate) fn vote_to_wire(vote: &Vote) -> wire::Ballot {

@@ -40,7 +40,13 @@ pub struct Row {
 }
 
 impl Row {
-    pub(crate) fn new(class: ClassId, reference: OpaqueRef, created: LogIndex, modified: LogIndex, fields: Vec<Value>) -> Self {
+    pub(crate) fn new(
+        class: ClassId,
+        reference: OpaqueRef,
+        created: LogIndex,
+        modified: LogIndex,
+        fields: Vec<Value>,
+    ) -> Self {
         let fields = fields.into_boxed_slice();
         Self { class, reference, created, modified, fields, json: OnceLock::new(), xml: OnceLock::new() }
     }

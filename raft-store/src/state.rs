@@ -145,7 +145,11 @@ impl State {
     /// The class of a reference, whichever it is.
     #[must_use]
     pub fn class_of(&self, reference: OpaqueRef) -> Option<ClassId> {
-        self.tables.iter().zip(0..).find(|(table, _)| table.rows.contains_key(&reference)).map(|(_, index)| ClassId(index))
+        self.tables
+            .iter()
+            .zip(0..)
+            .find(|(table, _)| table.rows.contains_key(&reference))
+            .map(|(_, index)| ClassId(index))
     }
 
     /// What changed after `token`, one change for each object, in the order of their last changes.

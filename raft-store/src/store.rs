@@ -135,7 +135,8 @@ impl Store {
     /// # Errors
     /// [`OpenError`]: the database is damaged or of a newer version, or the configuration contradicts itself.
     pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
-        std::fs::create_dir_all(&config.dir).map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
+        std::fs::create_dir_all(&config.dir)
+            .map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
         let dir = config.dir.clone();
         let consensus = |error: std::io::Error| OpenError::Consensus(error.to_string());
         let (disk, stored) = tokio::task::spawn_blocking(move || {
@@ -194,7 +195,9 @@ impl Store {
     /// The gRPC service that peers call; to be served with mutual TLS.
     #[must_use]
     pub fn service(&self) -> RaftServer<impl proto::raft::raft_server::Raft + Clone> {
-        RaftServer::new(self.shared.service.clone()).max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20)
+        RaftServer::new(self.shared.service.clone())
+            .max_decoding_message_size(64 << 20)
+            .max_encoding_message_size(64 << 20)
     }
 
     /// This node's id.
@@ -291,7 +294,8 @@ impl Store {
     /// # Errors
     /// As [`add_learner`](Self::add_learner).
     pub async fn promote(&self, node_id: u64) -> Result<(), CommitError> {
-        self.change(self.shared.raft.change_membership(ChangeMembers::AddVoterIds(BTreeSet::from([node_id])), true)).await
+        self.change(self.shared.raft.change_membership(ChangeMembers::AddVoterIds(BTreeSet::from([node_id])), true))
+            .await
     }
 
     /// Removes a member.
@@ -304,7 +308,10 @@ impl Store {
         self.change(self.shared.raft.change_membership(ChangeMembers::RemoveNodes(gone), false)).await
     }
 
-    async fn change<T, E: std::fmt::Display>(&self, change: impl Future<Output = Result<T, E>>) -> Result<(), CommitError> {
+    async fn change<T, E: std::fmt::Display>(
+        &self,
+        change: impl Future<Output = Result<T, E>>,
+    ) -> Result<(), CommitError> {
         match change.await {
             Ok(_) => Ok(()),
             Err(error) => {

@@ -103,7 +103,14 @@ impl Transaction {
     }
 
     /// Sets a key of a map.
-    pub fn insert_in_map(&mut self, class: ClassId, reference: OpaqueRef, field: u16, key: Key, value: Value) -> &mut Self {
+    pub fn insert_in_map(
+        &mut self,
+        class: ClassId,
+        reference: OpaqueRef,
+        field: u16,
+        key: Key,
+        value: Value,
+    ) -> &mut Self {
         self.writes.push(Write::InsertInMap(class, reference, field, key, value));
         self
     }
@@ -182,7 +189,12 @@ impl Transaction {
     }
 
     /// A field must hold this.
-    pub fn expect<C: ClassKind, T: FieldValue>(&mut self, reference: Ref<C>, field: Field<C, T>, value: T) -> &mut Self {
+    pub fn expect<C: ClassKind, T: FieldValue>(
+        &mut self,
+        reference: Ref<C>,
+        field: Field<C, T>,
+        value: T,
+    ) -> &mut Self {
         self.expectations.push(Expectation::Value(C::ID, reference.opaque(), field.index(), value.into_value()));
         self
     }

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use datamodel::fields::network;
 use datamodel::{Network, Ref, Timestamp};
-use raft_store::{ChangeKind, CommitError, Leadership, LogIndex, Member, NewRow, PeerTls, Store, StoreConfig, Transaction};
+use raft_store::{
+    ChangeKind, CommitError, Leadership, LogIndex, Member, NewRow, PeerTls, Store, StoreConfig, Transaction,
+};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use uuid::Uuid;
 
@@ -63,7 +65,13 @@ impl Pool {
         let store = runtime.spawn(async move { Store::open(config).await.unwrap() }).await.unwrap();
         let service = store.service();
         runtime.spawn(async move {
-            tonic::transport::Server::builder().tls_config(tls).unwrap().add_service(service).serve(address).await.unwrap();
+            tonic::transport::Server::builder()
+                .tls_config(tls)
+                .unwrap()
+                .add_service(service)
+                .serve(address)
+                .await
+                .unwrap();
         });
         self.nodes[index] = Some(Node { store, runtime });
     }

@@ -36,7 +36,11 @@ fn failed(status: &Status) -> AgentError {
             cause = this.source();
             Some(this)
         })
-        .any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused))
+        .any(|cause| {
+            cause
+                .downcast_ref::<std::io::Error>()
+                .is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+        })
     });
     match status.code() {
         Code::Unavailable if refused => AgentError::Unreachable(status.message().to_owned()),
@@ -44,7 +48,10 @@ fn failed(status: &Status) -> AgentError {
     }
 }
 
-async fn limited<T>(limit: Duration, call: impl Future<Output = Result<tonic::Response<T>, Status>>) -> Result<T, AgentError> {
+async fn limited<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, AgentError> {
     match tokio::time::timeout(limit, call).await {
         Ok(Ok(answer)) => Ok(answer.into_inner()),
         Ok(Err(status)) => Err(failed(&status)),
@@ -66,7 +73,10 @@ impl Agent for GrpcAgent {
         }
     }
 
-    async fn watch(&self, request: WatchRequest) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError> {
+    async fn watch(
+        &self,
+        request: WatchRequest,
+    ) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError> {
         let events = limited(HELLO_LIMIT, self.client.clone().watch(request)).await?;
         Ok(events.map(|event| event.map_err(|status| failed(&status))).boxed())
     }

@@ -36,7 +36,10 @@ pub trait Agent: Send + Sync + 'static {
     /// Does one step, at most once; waits no longer than `limit`.
     async fn perform(&self, step: Step, limit: Duration) -> Result<DomainState, AgentError>;
     /// Every domain, then every change.
-    async fn watch(&self, request: WatchRequest) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError>;
+    async fn watch(
+        &self,
+        request: WatchRequest,
+    ) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError>;
 }
 
 type Connect = dyn Fn(&str) -> Result<Arc<dyn Agent>, AgentError> + Send + Sync;

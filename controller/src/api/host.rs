@@ -45,11 +45,15 @@ pub(super) async fn get_data_sources(cx: &Call, this: Ref<Host>) -> Served<Value
 }
 
 /// Every guest: nothing can be moved yet.
-pub(super) async fn get_vms_which_prevent_evacuation(cx: &Call, this: Ref<Host>) -> Served<BTreeMap<Ref<Vm>, Vec<String>>> {
+pub(super) async fn get_vms_which_prevent_evacuation(
+    cx: &Call,
+    this: Ref<Host>,
+) -> Served<BTreeMap<Ref<Vm>, Vec<String>>> {
     let row = cx.row(this)?;
-    let guests = row.get(host::RESIDENT_VMS).into_iter().filter(|guest: &Ref<Vm>| {
-        cx.state.row(*guest).is_some_and(|row| !row.get(vm::IS_CONTROL_DOMAIN))
-    });
+    let guests = row
+        .get(host::RESIDENT_VMS)
+        .into_iter()
+        .filter(|guest: &Ref<Vm>| cx.state.row(*guest).is_some_and(|row| !row.get(vm::IS_CONTROL_DOMAIN)));
     Ok(guests.map(|guest| (guest, errors::no_hosts_available().description())).collect())
 }
 
@@ -61,7 +65,13 @@ pub(super) async fn list_methods(_: &Call) -> Served<Vec<String>> {
     Ok(model().list_methods())
 }
 
-pub(super) async fn call_plugin(cx: &Call, this: Ref<Host>, plugin: String, _function: String, _args: Value) -> Served<String> {
+pub(super) async fn call_plugin(
+    cx: &Call,
+    this: Ref<Host>,
+    plugin: String,
+    _function: String,
+    _args: Value,
+) -> Served<String> {
     cx.row(this)?;
     refuse(errors::xenapi_missing_plugin(plugin))
 }

@@ -70,7 +70,11 @@ async fn duplicate(cx: &Call, this: Ref<Vm>, name: String, operation: Op) -> Ser
     other_config.remove("xensource_internal");
     other_config.insert("mac_seed".into(), cx.uuid().to_string());
     other_config.insert("base_template_name".into(), row.name_label().to_owned());
-    let mut fields: Vec<(u16, Value)> = (0_u16..).zip(row.values()).filter(|(index, _)| !own.contains(index)).map(|(index, value)| (index, value.clone())).collect();
+    let mut fields: Vec<(u16, Value)> = (0_u16..)
+        .zip(row.values())
+        .filter(|(index, _)| !own.contains(index))
+        .map(|(index, value)| (index, value.clone()))
+        .collect();
     let metrics_ref = metrics(cx, &mut change);
     fields.extend([
         (vm::UUID.index(), Value::str(cx.uuid().to_string())),
@@ -82,7 +86,10 @@ async fn duplicate(cx: &Call, this: Ref<Vm>, name: String, operation: Op) -> Ser
     ]);
     let edits: Vec<(u16, Value)> = fields.clone();
     change.insert_values(Vm::ID, reference.opaque(), fields);
-    let fresh = [(vm::CURRENT_OPERATIONS.index(), Value::Map(BTreeMap::new())), (vm::IS_DEFAULT_TEMPLATE.index(), Value::Bool(false))];
+    let fresh = [
+        (vm::CURRENT_OPERATIONS.index(), Value::Map(BTreeMap::new())),
+        (vm::IS_DEFAULT_TEMPLATE.index(), Value::Bool(false)),
+    ];
     let shadow = row.with_values(&edits).with_values(&fresh);
     change.set(reference, vm::ALLOWED_OPERATIONS, lifecycle::allowed_operations(&shadow));
     for device in row.get(vm::VIFS) {
@@ -105,7 +112,15 @@ async fn duplicate(cx: &Call, this: Ref<Vm>, name: String, operation: Op) -> Ser
 /// A locally administered address.
 fn fresh_mac(cx: &Call) -> String {
     let bits = cx.uuid().into_bytes();
-    format!("{:02x}:{:02x}:{:02x}:{:02x}:{:02x}:{:02x}", (bits[0] & 0xfc) | 2, bits[1], bits[2], bits[3], bits[4], bits[5])
+    format!(
+        "{:02x}:{:02x}:{:02x}:{:02x}:{:02x}:{:02x}",
+        (bits[0] & 0xfc) | 2,
+        bits[1],
+        bits[2],
+        bits[3],
+        bits[4],
+        bits[5]
+    )
 }
 
 pub(super) async fn clone(cx: &Call, this: Ref<Vm>, name: String) -> Served<Ref<Vm>> {
@@ -138,7 +153,16 @@ pub(super) async fn create(cx: &Call, record: Value) -> Served<Ref<Vm>> {
     let allowed = if template {
         vec![Op::Clone, Op::Copy, Op::Provision, Op::Destroy]
     } else {
-        vec![Op::Start, Op::StartOn, Op::Clone, Op::Copy, Op::Destroy, Op::MakeIntoTemplate, Op::ChangingStaticRange, Op::ChangingDynamicRange]
+        vec![
+            Op::Start,
+            Op::StartOn,
+            Op::Clone,
+            Op::Copy,
+            Op::Destroy,
+            Op::MakeIntoTemplate,
+            Op::ChangingStaticRange,
+            Op::ChangingDynamicRange,
+        ]
     };
     more.push((vm::ALLOWED_OPERATIONS.index(), datamodel::FieldValue::into_value(allowed)));
     let reference = implicit::insert(cx, &mut change, Vm::ID, record, more)?;
@@ -254,13 +278,19 @@ fn free_devices(taken: &BTreeSet<String>, last: u32) -> Vec<String> {
 
 pub(super) async fn get_allowed_vbd_devices(cx: &Call, this: Ref<Vm>) -> Served<Vec<String>> {
     let row = cx.row(this)?;
-    let taken = row.get(vm::VBDS).into_iter().filter_map(|reference: Ref<datamodel::Vbd>| Some(cx.state.row(reference)?.get(vbd::USERDEVICE)));
+    let taken = row
+        .get(vm::VBDS)
+        .into_iter()
+        .filter_map(|reference: Ref<datamodel::Vbd>| Some(cx.state.row(reference)?.get(vbd::USERDEVICE)));
     Ok(free_devices(&taken.collect(), 254))
 }
 
 pub(super) async fn get_allowed_vif_devices(cx: &Call, this: Ref<Vm>) -> Served<Vec<String>> {
     let row = cx.row(this)?;
-    let taken = row.get(vm::VIFS).into_iter().filter_map(|reference: Ref<datamodel::Vif>| Some(cx.state.row(reference)?.get(vif::DEVICE)));
+    let taken = row
+        .get(vm::VIFS)
+        .into_iter()
+        .filter_map(|reference: Ref<datamodel::Vif>| Some(cx.state.row(reference)?.get(vif::DEVICE)));
     Ok(free_devices(&taken.collect(), 6))
 }
 
@@ -281,7 +311,14 @@ fn memory_order(limits: [i64; 4]) -> Result<(), ApiError> {
 }
 
 /// Static minimum, static maximum, dynamic minimum, dynamic maximum, in bytes.
-pub(super) async fn set_memory_limits(cx: &Call, this: Ref<Vm>, static_min: i64, static_max: i64, dynamic_min: i64, dynamic_max: i64) -> Served<()> {
+pub(super) async fn set_memory_limits(
+    cx: &Call,
+    this: Ref<Vm>,
+    static_min: i64,
+    static_max: i64,
+    dynamic_min: i64,
+    dynamic_max: i64,
+) -> Served<()> {
     let row = cx.row(this)?;
     lifecycle::check(&row, Op::ChangingMemoryLimits)?;
     memory_order([static_min, dynamic_min, dynamic_max, static_max])?;

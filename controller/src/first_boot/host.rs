@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use datamodel::enums::{CertificateType, ConsoleProtocol, DomainType, HostAllowedOperations, IpConfigurationMode, VmPowerState};
+use datamodel::enums::{
+    CertificateType, ConsoleProtocol, DomainType, HostAllowedOperations, IpConfigurationMode, VmPowerState,
+};
 use datamodel::fields::{
     certificate, console, host, host_cpu, host_metrics, member, network, pif, pif_metrics, pool, vm, vm_metrics,
 };
 use datamodel::{
-    Certificate, Console, Host, HostCpu, HostMetrics, Member, Network, Pif, PifMetrics, Pool, Ref, Timestamp, Vm, VmMetrics, errors,
+    Certificate, Console, Host, HostCpu, HostMetrics, Member, Network, Pif, PifMetrics, Pool, Ref, Timestamp, Vm,
+    VmMetrics, errors,
 };
 use proto::agent::{HelloReply, HostFacts, Nic};
 use raft_store::{CommitError, NewRow, Row, State, Transaction};
@@ -27,7 +30,10 @@ pub(super) async fn attach(shared: &Arc<Shared>, reference: Ref<Member>, reply: 
         let row = state.row(reference).ok_or(Failure::NotLeader)?;
         let facts = reply.facts.clone().unwrap_or_default();
         if row.get(member::HOST_UUID) != reply.host {
-            return refuse(errors::internal_error(format!("the agent at {} speaks for another host", row.get(member::AGENT_ADDRESS))));
+            return refuse(errors::internal_error(format!(
+                "the agent at {} speaks for another host",
+                row.get(member::AGENT_ADDRESS)
+            )));
         }
         let mut change = shared.transaction();
         change.expect_row(row);
@@ -130,7 +136,10 @@ fn make(shared: &Shared, state: &State, change: &mut Transaction, row: &Row, fac
     let metrics: Ref<HostMetrics> = Ref::new(shared.uuid());
     let address = row.get(member::API_ADDRESS);
     let uuid = row.get(member::HOST_UUID).parse().unwrap_or_else(|_| shared.uuid());
-    let local_host = |name: &str| ["address", "port"].map(|key| (key.to_owned(), if key == "port" { "27000".to_owned() } else { name.to_owned() }));
+    let local_host = |name: &str| {
+        ["address", "port"]
+            .map(|key| (key.to_owned(), if key == "port" { "27000".to_owned() } else { name.to_owned() }))
+    };
     change.insert(
         NewRow::new(metrics, shared.uuid())
             .with(host_metrics::MEMORY_TOTAL, signed(facts.memory_total))
@@ -162,7 +171,10 @@ fn make(shared: &Shared, state: &State, change: &mut Transaction, row: &Row, fac
             .with(host::LICENSE_PARAMS, licence::params())
             .with(host::LICENSE_SERVER, local_host("localhost").into())
             .with(host::EDITION, "free".to_owned())
-            .with(host::BIOS_STRINGS, map(&[("bios-vendor", "Xenith".into()), ("system-manufacturer", "Xenith".into())]))
+            .with(
+                host::BIOS_STRINGS,
+                map(&[("bios-vendor", "Xenith".into()), ("system-manufacturer", "Xenith".into())]),
+            )
             .with(host::VIRTUAL_HARDWARE_PLATFORM_VERSIONS, vec![0, 1, 2])
             .with(host::SSL_LEGACY, false)
             .with(host::TLS_VERIFICATION_ENABLED, true)
@@ -194,7 +206,9 @@ fn make(shared: &Shared, state: &State, change: &mut Transaction, row: &Row, fac
 fn pool_cpus(state: &State, change: &mut Transaction, facts: &HostFacts) {
     let Some(row) = state.all::<Pool>().next() else { return };
     let known = row.get(pool::CPU_INFO);
-    let sum = |key: &str, more: u64| (known.get(key).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0) + more).to_string();
+    let sum = |key: &str, more: u64| {
+        (known.get(key).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0) + more).to_string()
+    };
     let mut cpus = cpu_info(facts);
     cpus.insert("cpu_count".into(), sum("cpu_count", facts.cpus.len() as u64));
     cpus.insert("socket_count".into(), sum("socket_count", u64::from(facts.cpu_sockets.max(1))));
@@ -239,7 +253,10 @@ fn control_domain(
     change.insert(
         NewRow::new(reference, shared.uuid())
             .with(vm::NAME_LABEL, format!("Control domain on host: {}", facts.hostname))
-            .with(vm::NAME_DESCRIPTION, "The domain which manages physical devices and manages other domains".to_owned())
+            .with(
+                vm::NAME_DESCRIPTION,
+                "The domain which manages physical devices and manages other domains".to_owned(),
+            )
             .with(vm::IS_CONTROL_DOMAIN, true)
             .with(vm::POWER_STATE, VmPowerState::Running)
             .with(vm::DOMID, 0)
@@ -268,10 +285,18 @@ fn control_domain(
     }
 }
 
-fn nics(shared: &Shared, state: &State, change: &mut Transaction, host_ref: Ref<Host>, address: &str, facts: &HostFacts) {
+fn nics(
+    shared: &Shared,
+    state: &State,
+    change: &mut Transaction,
+    host_ref: Ref<Host>,
+    address: &str,
+    facts: &HostFacts,
+) {
     for (number, nic) in facts.nics.iter().enumerate() {
         let bridge = if nic.bridge.is_empty() { format!("xenbr{number}") } else { nic.bridge.clone() };
-        let known = state.all::<Network>().find(|row| row.get(network::BRIDGE) == bridge).map(|row| row.typed::<Network>());
+        let known =
+            state.all::<Network>().find(|row| row.get(network::BRIDGE) == bridge).map(|row| row.typed::<Network>());
         let network_ref = known.unwrap_or_else(|| {
             let reference = Ref::new(shared.uuid());
             change.insert(
@@ -287,7 +312,14 @@ fn nics(shared: &Shared, state: &State, change: &mut Transaction, host_ref: Ref<
     }
 }
 
-fn pif_rows(shared: &Shared, change: &mut Transaction, host_ref: Ref<Host>, network_ref: Ref<Network>, address: &str, nic: &Nic) {
+fn pif_rows(
+    shared: &Shared,
+    change: &mut Transaction,
+    host_ref: Ref<Host>,
+    network_ref: Ref<Network>,
+    address: &str,
+    nic: &Nic,
+) {
     let metrics: Ref<PifMetrics> = Ref::new(shared.uuid());
     change.insert(
         NewRow::new(metrics, shared.uuid())

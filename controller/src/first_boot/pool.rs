@@ -42,7 +42,8 @@ pub(super) fn found(shared: &Shared, change: &mut Transaction) {
 /// The six roles, the higher ones holding the lower.
 fn roles(change: &mut Transaction) {
     for (place, held) in RbacRole::ALL.into_iter().enumerate() {
-        let subroles = RbacRole::ALL[..place].iter().map(|lower| Ref::<Role>::new(fixed::<Role>(lower.name()))).collect();
+        let subroles =
+            RbacRole::ALL[..place].iter().map(|lower| Ref::<Role>::new(fixed::<Role>(lower.name()))).collect();
         change.insert(
             NewRow::new(Ref::<Role>::new(fixed::<Role>(held.name())), fixed::<Role>(held.name()))
                 .with(role::NAME_LABEL, held.name().to_owned())

@@ -10,8 +10,40 @@ use crate::controller::Shared;
 
 /// (type, name, description, features, shared).
 const DRIVERS: &[(&str, &str, &str, &[&str])] = &[
-    ("file", "File", "Disk images in a directory", &["SR_PROBE", "SR_UPDATE", "VDI_CREATE", "VDI_DELETE", "VDI_ATTACH", "VDI_DETACH", "VDI_CLONE", "VDI_SNAPSHOT", "VDI_RESIZE", "VDI_UPDATE"]),
-    ("ext", "Local EXT", "Disk images in a local file system", &["SR_PROBE", "SR_UPDATE", "VDI_CREATE", "VDI_DELETE", "VDI_ATTACH", "VDI_DETACH", "VDI_CLONE", "VDI_SNAPSHOT", "VDI_RESIZE", "VDI_UPDATE"]),
+    (
+        "file",
+        "File",
+        "Disk images in a directory",
+        &[
+            "SR_PROBE",
+            "SR_UPDATE",
+            "VDI_CREATE",
+            "VDI_DELETE",
+            "VDI_ATTACH",
+            "VDI_DETACH",
+            "VDI_CLONE",
+            "VDI_SNAPSHOT",
+            "VDI_RESIZE",
+            "VDI_UPDATE",
+        ],
+    ),
+    (
+        "ext",
+        "Local EXT",
+        "Disk images in a local file system",
+        &[
+            "SR_PROBE",
+            "SR_UPDATE",
+            "VDI_CREATE",
+            "VDI_DELETE",
+            "VDI_ATTACH",
+            "VDI_DETACH",
+            "VDI_CLONE",
+            "VDI_SNAPSHOT",
+            "VDI_RESIZE",
+            "VDI_UPDATE",
+        ],
+    ),
     ("iso", "ISO", "CD images in a directory", &["VDI_ATTACH", "VDI_DETACH"]),
 ];
 
@@ -37,7 +69,10 @@ pub(super) fn pool_rows(shared: &Shared, change: &mut Transaction) -> Ref<Sr> {
                 .with(sm::REQUIRED_API_VERSION, "1.0".to_owned())
                 .with(sm::CAPABILITIES, features.iter().map(|feature| (*feature).to_owned()).collect())
                 .with(sm::FEATURES, features.iter().map(|feature| ((*feature).to_owned(), 1)).collect())
-                .with(sm::CONFIGURATION, BTreeMap::from([("location".to_owned(), "directory that holds the images".to_owned())])),
+                .with(
+                    sm::CONFIGURATION,
+                    BTreeMap::from([("location".to_owned(), "directory that holds the images".to_owned())]),
+                ),
         );
     }
     let reference = Ref::new(shared.uuid());

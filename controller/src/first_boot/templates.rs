@@ -53,7 +53,14 @@ pub(super) fn insert(shared: &Shared, change: &mut Transaction) {
 fn insert_one(shared: &Shared, change: &mut Transaction, template: &Template<'_>) {
     let direct = !template.kernel.is_empty() || template.name == "Xenith guest";
     let other_config = [("default_template", "true"), ("install-methods", ""), ("linux_template", "true")];
-    let platform = [("acpi", "1"), ("apic", "true"), ("pae", "true"), ("nx", "true"), ("viridian", "false"), ("cores-per-socket", "1")];
+    let platform = [
+        ("acpi", "1"),
+        ("apic", "true"),
+        ("pae", "true"),
+        ("nx", "true"),
+        ("viridian", "false"),
+        ("cores-per-socket", "1"),
+    ];
     let owned = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
     };

@@ -97,7 +97,9 @@ pub fn xml_text(text: &str, out: &mut Vec<u8>) {
             b'\t' | b'\n' => continue,
             0..=0x1f => (b"", 1),
             // U+FFFE and U+FFFF.
-            0xef if bytes.get(index + 1) == Some(&0xbf) && matches!(bytes.get(index + 2), Some(0xbe | 0xbf)) => (b"", 3),
+            0xef if bytes.get(index + 1) == Some(&0xbf) && matches!(bytes.get(index + 2), Some(0xbe | 0xbf)) => {
+                (b"", 3)
+            }
             _ => continue,
         };
         if plain <= index {

@@ -48,10 +48,16 @@ fn caller(origin: &Origin, headers: &HeaderMap) -> Caller {
 }
 
 /// Answers one request.
-pub(crate) async fn serve(site: Arc<Site>, origin: Origin, request: Request<Incoming>) -> Result<Response<Pieces>, Infallible> {
+pub(crate) async fn serve(
+    site: Arc<Site>,
+    origin: Origin,
+    request: Request<Incoming>,
+) -> Result<Response<Pieces>, Infallible> {
     let path = request.uri().path();
     Ok(match *request.method() {
-        Method::POST if path == "/jsonrpc" || path.starts_with("/jsonrpc/") => call(&site, &origin, request, Protocol::JsonRpc).await,
+        Method::POST if path == "/jsonrpc" || path.starts_with("/jsonrpc/") => {
+            call(&site, &origin, request, Protocol::JsonRpc).await
+        }
         // Whatever else is posted anywhere is XML-RPC: that is where clients fall back to.
         Method::POST => call(&site, &origin, request, Protocol::XmlRpc).await,
         Method::OPTIONS => preflight(request.headers()),
@@ -72,7 +78,10 @@ async fn call(site: &Site, origin: &Origin, request: Request<Incoming>, protocol
     let answer = site.server.answer(protocol, bytes, &caller(origin, &head.headers)).await;
     let close = answer.status != 200;
     let mut response = respond(answer, close);
-    if head.version == Version::HTTP_10 && !close && text(&head.headers, "connection").eq_ignore_ascii_case("keep-alive") {
+    if head.version == Version::HTTP_10
+        && !close
+        && text(&head.headers, "connection").eq_ignore_ascii_case("keep-alive")
+    {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("keep-alive"));
     }
     response

@@ -9,6 +9,6 @@
 mod open;
 mod writer;
 
-pub(crate) use open::{Column, Disk, RowLoader, STATE, Stored};
 pub use open::OpenError;
+pub(crate) use open::{Column, Disk, RowLoader, STATE, Stored};
 pub(crate) use writer::{Flushed, Job, RowJob, Writer};

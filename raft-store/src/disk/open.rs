@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use proto::raft as wire;
 use prost::Message;
+use proto::raft as wire;
 use rocksdb::{ColumnFamily, ColumnFamilyDescriptor, DB, IteratorMode, Options};
 
 use crate::apply::link;
@@ -117,7 +117,9 @@ impl Disk {
     }
 
     pub(crate) fn column(&self, column: Column) -> Result<&ColumnFamily, std::io::Error> {
-        self.db.cf_handle(column.name()).ok_or_else(|| std::io::Error::other(format!("no column family {}", column.name())))
+        self.db
+            .cf_handle(column.name())
+            .ok_or_else(|| std::io::Error::other(format!("no column family {}", column.name())))
     }
 
     fn meta(&self, key: &[u8]) -> Result<Option<Vec<u8>>, std::io::Error> {
@@ -150,7 +152,9 @@ impl Disk {
     pub(crate) fn entries(&self, start: u64, end: u64) -> Result<Vec<Entry>, std::io::Error> {
         let from = start.to_be_bytes();
         let mut out = Vec::new();
-        for item in self.db.iterator_cf(self.column(Column::Log)?, IteratorMode::From(&from, rocksdb::Direction::Forward)) {
+        for item in
+            self.db.iterator_cf(self.column(Column::Log)?, IteratorMode::From(&from, rocksdb::Direction::Forward))
+        {
             let (key, bytes) = item.map_err(std::io::Error::other)?;
             let index = key.as_ref().try_into().map(u64::from_be_bytes).map_err(std::io::Error::other)?;
             if index >= end {

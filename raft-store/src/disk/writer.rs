@@ -141,7 +141,9 @@ fn add(disk: &Disk, batch: &mut WriteBatch, job: Job) -> Result<Flushed, (Flushe
                 match change {
                     RowJob::Put(column, key, value) => batch.put_cf(column!(column, flushed), key, value),
                     RowJob::Delete(column, key) => batch.delete_cf(column!(column, flushed), key),
-                    RowJob::Clear(column) => batch.delete_range_cf(column!(column, flushed), [].as_slice(), [0xff_u8; 64].as_slice()),
+                    RowJob::Clear(column) => {
+                        batch.delete_range_cf(column!(column, flushed), [].as_slice(), [0xff_u8; 64].as_slice())
+                    }
                 }
             }
             flushed

@@ -7,11 +7,11 @@ use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use openraft::base::BoxFuture;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable};
-use openraft::network::{RPCOption, RPCTypes, RaftNetworkFactory};
 use openraft::network::v2::RaftNetworkV2;
+use openraft::network::{RPCOption, RPCTypes, RaftNetworkFactory};
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError, StreamAppendResult, TransferLeaderRequest,
-    TransferLeaderResponse, VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError, StreamAppendResult,
+    TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::{AnyError, OptionalSend};
 use proto::raft as wire;
@@ -100,7 +100,9 @@ impl RaftNetworkFactory<Config> for PeerFactory {
             tracing::error!(target, address = node.peer_address, %error, "this peer cannot be called");
         }
         let client = channel.ok().map(|channel| {
-            RaftClient::new(channel).max_decoding_message_size(LARGEST_MESSAGE).max_encoding_message_size(LARGEST_MESSAGE)
+            RaftClient::new(channel)
+                .max_decoding_message_size(LARGEST_MESSAGE)
+                .max_encoding_message_size(LARGEST_MESSAGE)
         });
         Peer { target, client, failures: 0 }
     }
@@ -144,7 +146,12 @@ impl Peer {
         }
     }
 
-    async fn ask(&self, rpc: VoteRequest<Config>, pre_vote: bool, limit: Duration) -> Result<VoteResponse<Config>, Rpc> {
+    async fn ask(
+        &self,
+        rpc: VoteRequest<Config>,
+        pre_vote: bool,
+        limit: Duration,
+    ) -> Result<VoteResponse<Config>, Rpc> {
         let request = wire::VoteRequest {
             vote: Some(record::vote_to_wire(&rpc.vote)),
             last: rpc.last_log_id.as_ref().map(record::log_id_to_wire),
@@ -272,7 +279,8 @@ impl RaftNetworkV2<Config> for Peer {
             last: request.last_log_id().map(record::log_id_to_wire),
         };
         let call = client.transfer_leader(message);
-        let reply = self.limited(RPCTypes::TransferLeader, option.hard_ttl().max(CONNECT_LIMIT), call).await?.into_inner();
+        let reply =
+            self.limited(RPCTypes::TransferLeader, option.hard_ttl().max(CONNECT_LIMIT), call).await?.into_inner();
         if reply.refusal.is_empty() {
             return Ok(Ok(()));
         }

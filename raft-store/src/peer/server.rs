@@ -55,7 +55,10 @@ fn append_request(request: wire::AppendRequest) -> Result<AppendEntriesRequest<C
 impl Service for PeerService {
     type AppendStream = Pin<Box<dyn Stream<Item = Result<wire::AppendReply, Status>> + Send>>;
 
-    async fn append(&self, request: Request<Streaming<wire::AppendRequest>>) -> Result<Response<Self::AppendStream>, Status> {
+    async fn append(
+        &self,
+        request: Request<Streaming<wire::AppendRequest>>,
+    ) -> Result<Response<Self::AppendStream>, Status> {
         use wire::append_reply::Result as Reply;
         let raft = self.raft()?;
         // A request that cannot be read ends the stream: the leader starts another one.
@@ -96,7 +99,10 @@ impl Service for PeerService {
         }))
     }
 
-    async fn transfer_leader(&self, request: Request<wire::TransferRequest>) -> Result<Response<wire::TransferReply>, Status> {
+    async fn transfer_leader(
+        &self,
+        request: Request<wire::TransferRequest>,
+    ) -> Result<Response<wire::TransferReply>, Status> {
         let request = request.into_inner();
         let from = vote(request.from.as_ref())?;
         let rpc = TransferLeaderRequest::new(from, request.to, request.last.as_ref().map(record::log_id));
@@ -118,7 +124,8 @@ impl Service for PeerService {
         }
         let (vote, snapshot) = assembly.finish().map_err(|error| malformed(&error))?;
         tracing::info!(index = snapshot.snapshot.0.applied.0, "installing a snapshot");
-        let reply = raft.install_full_snapshot(vote, snapshot).await.map_err(|error| Status::unavailable(error.to_string()))?;
+        let reply =
+            raft.install_full_snapshot(vote, snapshot).await.map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(Response::new(wire::SnapshotReply { vote: Some(record::vote_to_wire(&reply.vote)) }))
     }
 }

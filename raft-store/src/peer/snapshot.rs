@@ -48,7 +48,9 @@ fn send(vote: Vote, snapshot: &Snapshot, frames: &tokio::sync::mpsc::Sender<wire
         checksum.add(&stored);
         count += 1;
         rows.push(stored);
-        if rows.len() == ROWS_IN_A_FRAME && !put(Frame::Rows(wire::RowBatch { rows: std::mem::take(&mut rows), ..Default::default() })) {
+        if rows.len() == ROWS_IN_A_FRAME
+            && !put(Frame::Rows(wire::RowBatch { rows: std::mem::take(&mut rows), ..Default::default() }))
+        {
             return;
         }
     }
@@ -58,7 +60,8 @@ fn send(vote: Vote, snapshot: &Snapshot, frames: &tokio::sync::mpsc::Sender<wire
         .filter_map(|(sequence, id)| Some(outcome_to_wire(*id, sequence, state.remembered.get(id)?)))
         .collect();
     let mut batches = vec![wire::RowBatch { rows, ..Default::default() }];
-    batches.extend(tombstones.chunks(4096).map(|part| wire::RowBatch { tombstones: part.to_vec(), ..Default::default() }));
+    batches
+        .extend(tombstones.chunks(4096).map(|part| wire::RowBatch { tombstones: part.to_vec(), ..Default::default() }));
     batches.extend(outcomes.chunks(4096).map(|part| wire::RowBatch { outcomes: part.to_vec(), ..Default::default() }));
     for batch in batches {
         if !put(Frame::Rows(batch)) {
@@ -125,7 +128,10 @@ impl Assembly {
     }
 
     pub(crate) fn finish(mut self) -> Result<(Vote, Snapshot), DecodeError> {
-        let header = self.header.filter(|_| self.complete).ok_or_else(|| DecodeError::Malformed("the snapshot is cut short".into()))?;
+        let header = self
+            .header
+            .filter(|_| self.complete)
+            .ok_or_else(|| DecodeError::Malformed("the snapshot is cut short".into()))?;
         let head = header.head.unwrap_or_default();
         self.state.applied = LogIndex(head.applied);
         self.state.clock = datamodel::Timestamp(head.clock);
