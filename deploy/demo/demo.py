@@ -22,6 +22,7 @@ import XenAPI
 BOLD, DIM, PLAIN = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
 FAILOVER_LIMIT = 30.0
 EVENT_LIMIT = 60.0
+BOOT_LIMIT = 120.0
 
 
 def say(text=""):
@@ -116,6 +117,25 @@ def find_template(session):
     return sorted(ready.items(), key=lambda item: item[1]["name_label"])[0]
 
 
+def guest_says(lab, host, uuid):
+    """The guest counts its seconds on its console, which QEMU writes into a file."""
+    path = os.path.join(lab.directory, host["name"], "agent", "domains", uuid, "console.log")
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as console:
+        counts = [int(line.split()[1]) for line in console if line.startswith("XENITH-GUEST ") and line.endswith("\n")]
+        return counts[-1] if counts else None
+    return None
+
+
+def wait_for_guest(lab, host, uuid, beyond):
+    deadline = time.monotonic() + BOOT_LIMIT
+    while time.monotonic() < deadline:
+        count = guest_says(lab, host, uuid)
+        if count is not None and count > beyond:
+            return count
+        time.sleep(0.1)
+    sys.exit("demo: the guest says nothing on its console")
+
+
 def failover(state, hosts, vm, host_to_kill, lab):
     """Kills the master's host; milliseconds until a write is acknowledged by the next master."""
     user, password = state["user"], state["password"]
@@ -174,6 +194,8 @@ def demo(lab):
         sys.exit(f"demo: the start ended as {status}: {session.xenapi.task.get_error_info(task)}")
     session.xenapi.task.destroy(task)
     say(f"  it runs on {name_of(state, session.xenapi.host.get_address(session.xenapi.VM.get_resident_on(vm)))}")
+    booted = wait_for_guest(lab, target, uuid, 0)
+    say(f"  its Linux is up and counts seconds on its console: {booted}")
 
     step(f"5. Killing the master's host, {master}, with SIGKILL")
     session, url, taken = failover(state, others, vm, master, lab)
@@ -185,6 +207,7 @@ def demo(lab):
     record = session.xenapi.VM.get_record(vm)
     say(f"  VM {record['uuid']} is {record['power_state']} on "
         f"{name_of(state, session.xenapi.host.get_address(record['resident_on']))}")
+    say(f"  its console counts on: {wait_for_guest(lab, target, uuid, booted)}")
     say(f"  other_config:demo = {record['other_config'].get('demo')!r}")
     say(f"  name_description  = {record['name_description']!r}")
     if record["power_state"] != "Running" or record["other_config"].get("demo") != "written before the master was lost":
@@ -223,13 +246,13 @@ def parse():
 
 def main():
     flags = parse()
-    directory = flags.dir or os.path.join(tempfile.gettempdir(), f"xenith-demo-{os.getuid()}")
-    lab = Lab(flags.xenith, directory)
+    directory = os.path.abspath(flags.dir or os.path.join(tempfile.gettempdir(), f"xenith-demo-{os.getuid()}"))
+    lab = Lab(os.path.abspath(flags.xenith), directory)
     quietly = {"stdout": subprocess.DEVNULL, "check": False}
 
     def clean_up():
         if os.path.exists(os.path.join(directory, "lab.json")):
-            subprocess.run([flags.xenith, "lab", "down", "--dir", directory], **quietly)
+            subprocess.run([lab.program, "lab", "down", "--dir", directory], **quietly)
         shutil.rmtree(directory, ignore_errors=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("demo: told to end"))

@@ -17,7 +17,6 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::Context;
-use rustix::process::Signal;
 
 use self::layout::Layout;
 use self::plan::Plan;
@@ -47,8 +46,8 @@ pub fn run(command: &Lab) -> anyhow::Result<()> {
         }
         Lab::Status(at) => existing(&at.dir)?,
         Lab::Kill(on) => on_host(on, power::kill)?,
-        Lab::Pause(on) => on_host(on, |place, what| power::signal(place, what, Signal::STOP).map(drop))?,
-        Lab::Resume(on) => on_host(on, |place, what| power::signal(place, what, Signal::CONT).map(drop))?,
+        Lab::Pause(on) => on_host(on, power::pause)?,
+        Lab::Resume(on) => on_host(on, power::resume)?,
         Lab::Start(on) => restart(on)?,
         Lab::Down(at) => {
             let (layout, plan) = existing(&at.dir)?;

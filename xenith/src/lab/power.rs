@@ -11,8 +11,8 @@ use super::plan::Plan;
 use super::process::{Daemon, Process, daemon, domains};
 use crate::cli::What;
 
-/// How long a process may take to be gone after SIGKILL.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a process may take to obey a signal that it cannot refuse.
+const OBEY_LIMIT: Duration = Duration::from_secs(10);
 /// How long a daemon may take to end by itself after SIGTERM.
 const TERM_LIMIT: Duration = Duration::from_secs(10);
 
@@ -43,9 +43,33 @@ pub fn signal(place: &HostLayout, what: What, signal: Signal) -> anyhow::Result<
     Ok(found)
 }
 
+/// SIGSTOP, and stopped when this returns.
+pub fn pause(place: &HostLayout, what: What) -> anyhow::Result<()> {
+    settle(&signal(place, what, Signal::STOP)?, true)
+}
+
+/// SIGCONT, and running when this returns.
+pub fn resume(place: &HostLayout, what: What) -> anyhow::Result<()> {
+    settle(&signal(place, what, Signal::CONT)?, false)
+}
+
+/// A signal is obeyed a moment after it was sent.
+fn settle(processes: &[Process], stopped: bool) -> anyhow::Result<()> {
+    let limit = Instant::now() + OBEY_LIMIT;
+    for process in processes {
+        while process.is_stopped() != stopped && !process.wait_end(Duration::ZERO) {
+            if Instant::now() > limit {
+                bail!("process {} does not obey", process.pid());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    Ok(())
+}
+
 /// SIGKILL, and gone when this returns. A host takes its domains with it, and starts a new boot.
 pub fn kill(place: &HostLayout, what: What) -> anyhow::Result<()> {
-    let limit = Instant::now() + KILL_LIMIT;
+    let limit = Instant::now() + OBEY_LIMIT;
     // A domain that the agent had just started is seen in the second round, when the agent can start no more.
     loop {
         let killed = signal(place, what, Signal::KILL)?;

@@ -89,11 +89,15 @@ impl Process {
         self.pid.as_raw_nonzero().get()
     }
 
-    /// Whether it is stopped (SIGSTOP).
+    /// Whether it is stopped (SIGSTOP): each of its threads, for they stop one after the other.
     pub fn is_stopped(&self) -> bool {
-        let Ok(stat) = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())) else { return false };
-        // The second field is the program's name in brackets and may hold anything; the state follows the last bracket.
-        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['T', 't']))
+        let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.pid())) else { return false };
+        let mut states = threads.flatten().filter_map(|thread| {
+            let stat = std::fs::read_to_string(thread.path().join("stat")).ok()?;
+            // The second field is the program's name in brackets and may hold anything; the state follows the last one.
+            stat.rsplit(')').next()?.trim_start().chars().next()
+        });
+        states.all(|state| matches!(state, 'T' | 't'))
     }
 
     /// Sends a signal; that the process has ended already is no error.

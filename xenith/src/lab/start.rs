@@ -7,7 +7,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use rustix::process::Signal;
 
 use super::layout::{HostLayout, Layout};
 use super::plan::{Host, Plan};
@@ -26,7 +25,7 @@ const LOG_TAIL: i64 = 2_000;
 /// Starts what is dead of every host and continues what is paused: agents first, so that a master finds them there.
 pub fn all(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
     for host in &plan.hosts {
-        power::signal(&layout.host(&host.name), What::Host, Signal::CONT)?;
+        power::resume(&layout.host(&host.name), What::Host)?;
     }
     let dead: Vec<_> = plan.hosts.iter().flat_map(|host| dead(layout, host, What::Host)).collect();
     start(layout, plan, dead)
