@@ -140,7 +140,8 @@ pub(crate) fn check(row: &Row, operation: Op) -> Result<(), ApiError> {
         }
     } else if template {
         let own = !row.get(vm::IS_DEFAULT_TEMPLATE);
-        if !FOR_TEMPLATES.contains(&operation) && !(own && FOR_OWN_TEMPLATES.contains(&operation)) {
+        let possible = FOR_TEMPLATES.contains(&operation) || (own && FOR_OWN_TEMPLATES.contains(&operation));
+        if !possible {
             if operation == Op::Destroy {
                 return Err(errors::vm_cannot_delete_default_template(reference));
             }

@@ -322,12 +322,7 @@ async fn record(
             && !shared.tasks.runs(task_ref)
         {
             let result = outcome.as_ref().map(|_| &Value::Void).map_err(|failure| failure.clone().into_api());
-            tasks::finish(
-                &mut change,
-                task_ref,
-                result.as_ref().map(|value| *value).map_err(|error| error),
-                shared.now(),
-            );
+            tasks::finish(&mut change, task_ref, result.as_ref().copied(), shared.now());
         }
         match shared.store.commit(change).await {
             Ok(_) => return Ok(()),

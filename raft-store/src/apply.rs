@@ -169,7 +169,7 @@ impl Editor<'_> {
             match relation {
                 // Kept by the other end.
                 Some(Relation::Follower { .. }) => continue,
-                Some(relation) => related.push((*index, relation, value.clone())),
+                Some(relation) => related.push((relation, value.clone())),
                 None => {}
             }
             if let Some(slot) = fields.get_mut(usize::from(*index)) {
@@ -181,8 +181,8 @@ impl Editor<'_> {
         link(self.state, &row);
         self.state.changes.insert((self.index, class, reference), ());
         self.dirty.insert((class, reference));
-        for (index, relation, value) in related {
-            self.follow(class, reference, index, relation, &Value::Absent, &value);
+        for (relation, value) in related {
+            self.follow(reference, relation, &Value::Absent, &value);
         }
     }
 
@@ -207,20 +207,12 @@ impl Editor<'_> {
         }
         self.replace(&row, |fields| put(fields, field, value.clone()));
         if let Some(relation) = relation {
-            self.follow(class, reference, field, relation, &old, &value);
+            self.follow(reference, relation, &old, &value);
         }
     }
 
     /// The other end of a relation follows a change of this one.
-    fn follow(
-        &mut self,
-        class: ClassId,
-        reference: OpaqueRef,
-        field: u16,
-        relation: Relation,
-        old: &Value,
-        new: &Value,
-    ) {
+    fn follow(&mut self, reference: OpaqueRef, relation: Relation, old: &Value, new: &Value) {
         let this = Value::Ref(reference);
         match relation {
             Relation::Owner { class: other, follower } => {
@@ -247,7 +239,6 @@ impl Editor<'_> {
             }
             Relation::Follower { .. } => {}
         }
-        let _ = (class, field);
     }
 
     /// Changes the kept end of a relation, set or single reference. An end that does not exist is left dangling.
@@ -305,13 +296,10 @@ impl Editor<'_> {
     fn delete(&mut self, class: ClassId, reference: OpaqueRef) {
         let Some(row) = self.row(class, reference) else { return };
         for (def, index) in class.def().fields.iter().zip(0_u16..) {
-            match def.relation {
-                Some(relation @ (Relation::Owner { .. } | Relation::Pair { .. })) => {
-                    let value = row.value(index).clone();
-                    let nothing = if matches!(value, Value::Set(_)) { Value::Set(Vec::new()) } else { Value::Absent };
-                    self.follow(class, reference, index, relation, &value, &nothing);
-                }
-                _ => {}
+            if let Some(relation @ (Relation::Owner { .. } | Relation::Pair { .. })) = def.relation {
+                let value = row.value(index).clone();
+                let nothing = if matches!(value, Value::Set(_)) { Value::Set(Vec::new()) } else { Value::Absent };
+                self.follow(reference, relation, &value, &nothing);
             }
         }
         // A relation of a class with itself may have changed this very row.

@@ -84,7 +84,7 @@ impl Default for State {
         Self {
             applied: LogIndex(0),
             clock: Timestamp::EPOCH,
-            tables: vec![Arc::new(Table::default()); model().classes().len()],
+            tables: model().classes().iter().map(|_| Arc::new(Table::default())).collect(),
             changes: OrdMap::new(),
             tombstones: OrdMap::new(),
             oldest_token: LogIndex(0),
