@@ -22,6 +22,9 @@ const QEMU_HOST_MIB: u64 = 4 * 1024;
 const SIM_HOST_MIB: u64 = 1024 * 1024;
 const CONTROL_DOMAIN_MIB: u64 = 512;
 
+/// The guest's console is the serial port, and a kernel that panics starts over at once.
+const GUEST_ARGS: &str = "console=ttyS0 quiet panic=-1";
+
 /// Writes all of it.
 pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
     private_file(&layout.root_password(), &format!("{}\n", plan.password))?;
@@ -114,8 +117,11 @@ fn guest(driver: Driver) -> anyhow::Result<Option<Guest>> {
         Some(above.join("xenith"))
     };
     let place = variable("XENITH_GUEST").or_else(|| Some(variable("XENITH_CACHE").or_else(cache)?.join("guest/image")));
-    let image =
-        |dir: PathBuf| Guest { kernel: dir.join("vmlinuz"), ramdisk: Some(dir.join("initrd.gz")), args: String::new() };
+    let image = |dir: PathBuf| Guest {
+        kernel: dir.join("vmlinuz"),
+        ramdisk: Some(dir.join("initrd.gz")),
+        args: GUEST_ARGS.into(),
+    };
     match (place.map(image), driver) {
         (Some(guest), _) if guest.kernel.is_file() => Ok(Some(guest)),
         (_, Driver::Sim) => Ok(None),

@@ -19,6 +19,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+/// How long a process that was started may take to be seen as what it is.
+const SEEN_LIMIT: Duration = Duration::from_secs(2);
+
 /// Which of a host's two daemons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Daemon {
@@ -130,7 +133,7 @@ pub fn spawn(daemon: Daemon, config: &Path, log: &Path) -> anyhow::Result<()> {
     let lines = OpenOptions::new().create(true).append(true).mode(0o600).open(log);
     let lines = lines.with_context(|| format!("cannot write {}", log.display()))?;
     let again = lines.try_clone().with_context(|| format!("cannot write {}", log.display()))?;
-    Command::new(&program)
+    let mut started = Command::new(&program)
         .args([daemon.name(), "--config"])
         .arg(config)
         .current_dir("/")
@@ -140,6 +143,12 @@ pub fn spawn(daemon: Daemon, config: &Path, log: &Path) -> anyhow::Result<()> {
         .process_group(0)
         .spawn()
         .with_context(|| format!("cannot start {}", program.display()))?;
+    // The kernel lets this process go on a moment before the new one's command line can be read. Who looked for the
+    // daemon in that moment would take it for ended.
+    let limit = Instant::now() + SEEN_LIMIT;
+    while self::daemon(daemon, config).is_none() && Instant::now() < limit && matches!(started.try_wait(), Ok(None)) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     Ok(())
 }
 
