@@ -22,13 +22,13 @@ help: ## Say what there is
 
 demo: ## Three hosts, one pool, a real guest, a master lost to kill -9 (installs what is missing)
 	@deploy/install-deps.sh --for demo
-	@$(MAKE) --no-print-directory build
+	@$(MAKE) --no-print-directory build guest
 	@clients=$$(deploy/clients/install.sh python) && exec "$$clients/python/bin/python" deploy/demo/demo.py --xenith "$(XENITH)"
 
 test: ## Every test (installs what is missing)
 	@deploy/install-deps.sh --for test
-	@$(MAKE) --no-print-directory build
-	@XENITH_CLIENTS=$$(deploy/clients/install.sh all) XENITH_BIN="$(XENITH)" deploy/run-tests.sh $(TEST_FLAGS)
+	@$(MAKE) --no-print-directory build guest
+	@XENITH_CLIENTS=$$(deploy/clients/install.sh all) XENITH_GUEST_DIR="$(XENITH_CACHE)/guest/image" XENITH_BIN="$(XENITH)" deploy/run-tests.sh $(TEST_FLAGS)
 
 bench: ## Measure the pool beside etcd and write docs/benchmarks.md (installs what is missing)
 	@deploy/install-deps.sh --for bench
@@ -39,15 +39,14 @@ coverage: build ## Write docs/api-coverage.md: which calls are there today
 	"$(XENITH)" coverage > docs/api-coverage.md.new
 	mv docs/api-coverage.md.new docs/api-coverage.md
 
-build: ## Build the xenith program and its guest image
+build: ## Build the xenith program
 	@deploy/install-deps.sh --for build
 	cargo build $(CARGO_FLAGS) -p xenith
-	@$(MAKE) --no-print-directory guest
 
 guest: ## Make the small Linux that guests of the lab boot
 	@deploy/guest/build.sh "$(XENITH_CACHE)/guest/image"
 
-lab: build ## Start a three-host pool to play with (LAB_DIR, LAB_FLAGS="--driver sim")
+lab: build guest ## Start a three-host pool to play with (LAB_DIR, LAB_FLAGS="--driver sim")
 	"$(XENITH)" lab up --dir "$(LAB_DIR)" $(LAB_FLAGS)
 
 lab-status: ## Say how that pool is

@@ -1,7 +1,8 @@
 //! Logs and spans of a daemon.
 //!
-//! Log lines go to standard error, as text or JSON, filtered by target and level. Spans carry the W3C trace context of
-//! the caller; they leave the process only where a collector is configured.
+//! Log lines go to standard error, as text or JSON, filtered by target and level. Spans leave the process only where a
+//! collector is configured; elsewhere they are but the context of log lines. A trace does not yet follow a call from one
+//! process into another.
 
 use std::time::Duration;
 
@@ -10,7 +11,6 @@ use clap::ValueEnum;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::WithExportConfig;
 use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::layer::SubscriberExt;
@@ -55,7 +55,6 @@ pub fn start(
         LogFormat::Text => lines.with_ansi(false).boxed(),
         LogFormat::Json => lines.json().boxed(),
     };
-    opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
     let provider = traces.otlp.as_deref().map(|address| exporter(service, host, address)).transpose()?;
     let spans = provider.as_ref().map(|provider| {
         tracing_opentelemetry::layer().with_tracer(provider.tracer("xenith")).with_filter(EnvFilter::new("info"))

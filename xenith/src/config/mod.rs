@@ -113,7 +113,7 @@ pub struct Log {
     pub filter: Option<String>,
 }
 
-/// `[traces]`: where spans go. Without an address they are made only to carry a caller's trace context on.
+/// `[traces]`: where spans go. Without an address they stay.
 #[derive(Serialize, Deserialize, Clone, Debug, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct Traces {

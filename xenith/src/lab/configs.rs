@@ -109,14 +109,15 @@ fn member(plan: &Plan, host: &Host) -> Member {
     }
 }
 
-/// The small Linux that `make guest` made: where XENITH_GUEST says, else in the project's cache.
+/// The small Linux that `make guest` made: where XENITH_GUEST_DIR says, else in the project's cache.
 fn guest(driver: Driver) -> anyhow::Result<Option<Guest>> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = || {
         let above = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?;
         Some(above.join("xenith"))
     };
-    let place = variable("XENITH_GUEST").or_else(|| Some(variable("XENITH_CACHE").or_else(cache)?.join("guest/image")));
+    let place =
+        variable("XENITH_GUEST_DIR").or_else(|| Some(variable("XENITH_CACHE").or_else(cache)?.join("guest/image")));
     let image = |dir: PathBuf| Guest {
         kernel: dir.join("vmlinuz"),
         ramdisk: Some(dir.join("initrd.gz")),
@@ -126,11 +127,11 @@ fn guest(driver: Driver) -> anyhow::Result<Option<Guest>> {
         (Some(guest), _) if guest.kernel.is_file() => Ok(Some(guest)),
         (_, Driver::Sim) => Ok(None),
         (Some(guest), Driver::Qemu) => bail!(
-            "there is no guest to boot at {}: run `make guest`, set XENITH_GUEST to where it is, or take --driver sim",
+            "there is no guest to boot at {}: run `make guest`, set XENITH_GUEST_DIR to where it is, or take --driver sim",
             guest.kernel.display()
         ),
         (None, Driver::Qemu) => {
-            bail!("set XENITH_GUEST to the directory that `make guest` filled, or take --driver sim")
+            bail!("set XENITH_GUEST_DIR to the directory that `make guest` filled, or take --driver sim")
         }
     }
 }
