@@ -13,6 +13,7 @@ use openraft::type_config::alias::{InstantOf, WatchReceiverOf};
 use tokio::sync::watch;
 
 use crate::machine::Machine;
+use crate::peer::Heard;
 use crate::row::LogIndex;
 use crate::store::{Member, leads};
 use crate::types::{Config, Raft};
@@ -85,12 +86,13 @@ pub(crate) async fn follow(
     raft: Raft,
     machine: Arc<Machine>,
     lease: Lease,
+    heard: Heard,
     publish: watch::Sender<Leadership>,
 ) {
     let mut metrics = raft.metrics();
     let mut office = machine.office.subscribe();
     loop {
-        let now = judge(this, &metrics, &office, &lease);
+        let now = judge(this, &metrics, &office, &lease, &heard);
         publish.send_if_modified(|known| {
             let changed = *known != now;
             if changed {
@@ -108,7 +110,13 @@ pub(crate) async fn follow(
     }
 }
 
-fn judge(this: u64, metrics: &Metrics, office: &watch::Receiver<(u64, LogIndex)>, lease: &Lease) -> Leadership {
+fn judge(
+    this: u64,
+    metrics: &Metrics,
+    office: &watch::Receiver<(u64, LogIndex)>,
+    lease: &Lease,
+    heard: &Heard,
+) -> Leadership {
     // Nobody acknowledged yet is a leader's first moment; nobody for three leases is a leader cut off.
     let cut_off = lease.age().is_some_and(|age| age > lease.length * 3);
     let metrics = metrics.borrow_watched();
@@ -120,10 +128,13 @@ fn judge(this: u64, metrics: &Metrics, office: &watch::Receiver<(u64, LogIndex)>
         return Leadership::Electing;
     }
     match metrics.current_leader {
-        Some(id) if id != this => match metrics.membership_config.membership().get_node(&id) {
-            Some(node) => Leadership::Follower { leader: Member::new(id, node) },
-            None => Leadership::Electing,
-        },
+        // A leader that has been silent for two leases leads nobody: who asks for it should wait for the next one.
+        Some(id) if id != this && heard.silence() < lease.length * 2 => {
+            match metrics.membership_config.membership().get_node(&id) {
+                Some(node) => Leadership::Follower { leader: Member::new(id, node) },
+                None => Leadership::Electing,
+            }
+        }
         _ => Leadership::Electing,
     }
 }

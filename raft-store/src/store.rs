@@ -16,7 +16,7 @@ use crate::disk::{Disk, OpenError, Writer};
 use crate::leadership::{self, Leadership};
 use crate::log::LogStore;
 use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
-use crate::peer::{PeerFactory, PeerService, PeerTls};
+use crate::peer::{Heard, PeerFactory, PeerService, PeerTls};
 use crate::proposer::{self, Proposal};
 use crate::row::LogIndex;
 use crate::state::State;
@@ -154,13 +154,21 @@ impl Store {
         let raft = Raft::new(config.node_id, raft_config, network, log, StateMachine(Arc::clone(&machine)))
             .await
             .map_err(|error| OpenError::Consensus(error.to_string()))?;
-        let service = PeerService { raft: Arc::new(OnceLock::new()) };
+        let heard = Heard::new();
+        let service = PeerService { raft: Arc::new(OnceLock::new()), heard: heard.clone() };
         let _ = service.raft.set(raft.clone());
 
         let mut tasks = JoinSet::new();
         let lease = leadership::Lease::new(&raft, config.election.1);
         let (leading, leadership) = watch::channel(Leadership::Electing);
-        tasks.spawn(leadership::follow(config.node_id, raft.clone(), Arc::clone(&machine), lease.clone(), leading));
+        tasks.spawn(leadership::follow(
+            config.node_id,
+            raft.clone(),
+            Arc::clone(&machine),
+            lease.clone(),
+            heard,
+            leading,
+        ));
         let (proposals, queue) = mpsc::channel(WAITING_COMMITS);
         tasks.spawn(proposer::run(raft.clone(), queue));
         tasks.spawn(persist(Arc::clone(&machine)));

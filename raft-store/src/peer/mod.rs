@@ -8,4 +8,4 @@ mod snapshot;
 
 pub(crate) use client::PeerFactory;
 pub use client::PeerTls;
-pub(crate) use server::PeerService;
+pub(crate) use server::{Heard, PeerService};

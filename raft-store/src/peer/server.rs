@@ -2,6 +2,8 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use openraft::raft::{AppendEntriesRequest, StreamAppendError, TransferLeaderRequest, VoteRequest};
@@ -18,6 +20,29 @@ use crate::types::{Config, Raft, Vote};
 #[derive(Clone)]
 pub(crate) struct PeerService {
     pub(crate) raft: Arc<std::sync::OnceLock<Raft>>,
+    pub(crate) heard: Heard,
+}
+
+/// When a leader was last heard: what openraft knows of the leader outlives the leader.
+#[derive(Clone, Debug)]
+pub(crate) struct Heard {
+    start: tokio::time::Instant,
+    millis: Arc<AtomicU64>,
+}
+
+impl Heard {
+    pub(crate) fn new() -> Self {
+        Self { start: tokio::time::Instant::now(), millis: Arc::default() }
+    }
+
+    fn now(&self) {
+        let millis = u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.millis.store(millis, Ordering::Relaxed);
+    }
+
+    pub(crate) fn silence(&self) -> Duration {
+        self.start.elapsed().saturating_sub(Duration::from_millis(self.millis.load(Ordering::Relaxed)))
+    }
 }
 
 impl PeerService {
@@ -62,7 +87,11 @@ impl Service for PeerService {
         use wire::append_reply::Result as Reply;
         let raft = self.raft()?;
         // A request that cannot be read ends the stream: the leader starts another one.
-        let requests = request.into_inner().map(|request| request.and_then(append_request));
+        let heard = self.heard.clone();
+        let requests = request.into_inner().map(move |request| {
+            heard.now();
+            request.and_then(append_request)
+        });
         let requests = requests.take_while(|request| {
             if let Err(status) = request {
                 tracing::debug!(%status, "a peer's stream of entries ends");
