@@ -86,6 +86,7 @@ pub(crate) fn finish(
     match outcome {
         Ok(value) => {
             let mut text = Vec::new();
+            // A message without a result leaves an empty value there, not an empty text.
             encode::xml(value, &mut text);
             change.set(reference, task::RESULT, String::from_utf8_lossy(&text).into_owned());
             change.set(reference, task::STATUS, TaskStatusType::Success);

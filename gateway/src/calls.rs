@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use controller::{Caller, Controller, Event, EventBatch, Refusal, Reply, Request};
-use datamodel::{ApiError, Value, encode, errors};
+use datamodel::{ApiError, Value, encode, errors, model};
 use futures::FutureExt;
 use tracing::Instrument;
 
@@ -91,7 +91,14 @@ impl Answer {
         text.extend_from_slice(b"</body></html>");
         Self { status: 500, content_type: "text/html".into(), pieces: vec![Bytes::from(text)] }
     }
+
+    fn misdirected() -> Self {
+        Self { status: MISDIRECTED, content_type: String::new(), pieces: Vec::new() }
+    }
 }
+
+/// The status by which a member says to another that it is not the master.
+pub(crate) const MISDIRECTED: u16 = 421;
 
 /// What it takes to answer a body.
 pub(crate) struct Server {
@@ -122,8 +129,12 @@ impl Server {
     pub(crate) async fn answer(&self, protocol: Protocol, body: Bytes, caller: &Caller) -> Answer {
         // While the lead moves, members name a master that is gone already: looking again is safe as long as the
         // call was not sent.
-        let deadline = tokio::time::Instant::now() + PATIENCE;
-        while tokio::time::Instant::now() < deadline {
+        let mut deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let begun = tokio::time::Instant::now();
+            if begun >= deadline {
+                break;
+            }
             let decoded = match protocol {
                 Protocol::XmlRpc => xmlrpc::decode(&body),
                 Protocol::JsonRpc => jsonrpc::decode(&body),
@@ -136,11 +147,16 @@ impl Server {
                     return Answer::malformed(&reason);
                 }
             };
+            let repeatable = only_reads(&method);
             let span = tracing::info_span!("call", message = %method, peer = ?caller.peer);
             let request = Request { caller: caller.clone(), method, params };
             let call = AssertUnwindSafe(self.calls.call(request).instrument(span)).catch_unwind();
             match call.await {
                 Ok(Ok(reply)) => return succeed(&envelope, reply),
+                // Another member took this host for the master: it looks again, and its client never knows.
+                Ok(Err(Refusal::Api(error))) if caller.forwarded && error.code == errors::HOST_IS_SLAVE => {
+                    return Answer::misdirected();
+                }
                 Ok(Err(Refusal::Api(error))) => return fail(&envelope, &error),
                 Ok(Err(Refusal::Forward(member))) => {
                     match self.forward.send(&member, protocol, body.clone(), caller).await {
@@ -151,6 +167,10 @@ impl Server {
                                 reason,
                                 "the master is not reached; looking again"
                             );
+                            tokio::time::sleep(LOOK_AGAIN).await;
+                        }
+                        Err(crate::forward::Lost::Unknown(reason)) if repeatable => {
+                            tracing::debug!(member = member.node_id, reason, "a read was lost; reading again");
                             tokio::time::sleep(LOOK_AGAIN).await;
                         }
                         Err(crate::forward::Lost::Unknown(reason)) => {
@@ -166,6 +186,10 @@ impl Server {
                     return fail(&envelope, &errors::internal_error("a defect of the server; its log says more"));
                 }
             }
+            // A call that waited long, as `event.from` does, and then lost its master has not been impatient.
+            if begun.elapsed() >= PATIENCE {
+                deadline = tokio::time::Instant::now() + PATIENCE;
+            }
         }
         match protocol {
             Protocol::XmlRpc => fail(&Envelope::Xml, &errors::host_in_emergency_mode()),
@@ -177,6 +201,13 @@ impl Server {
             },
         }
     }
+}
+
+/// Whether a call changes nothing, so that it may be made again when its answer was lost.
+fn only_reads(method: &str) -> bool {
+    model().message(method).is_some_and(|message| {
+        message.full_name == "event.from" || (message.name.starts_with("get_") && message.takes_session)
+    })
 }
 
 fn answer(envelope: &Envelope, body: Body) -> Answer {

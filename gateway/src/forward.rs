@@ -16,7 +16,7 @@ use raft_store::{Member, PeerTls};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
-use crate::calls::{Answer, Calls, Protocol, Server};
+use crate::calls::{Answer, Calls, MISDIRECTED, Protocol, Server};
 
 /// A forwarded call may wait for events as long as a direct one; the peer's keep-alive notices a dead master.
 const LONGEST: Duration = Duration::from_secs(3700);
@@ -154,6 +154,9 @@ impl Forward for Receiver {
             idempotency_key: Some(call.idempotency_key).filter(|key| !key.is_empty()),
         };
         let answer = self.server.answer(protocol, call.body, &caller).await;
+        if answer.status == MISDIRECTED {
+            return Err(Status::failed_precondition("this member is not the master"));
+        }
         let mut parts =
             vec![AnswerPart { status: answer.status.into(), content_type: answer.content_type, body: Bytes::new() }];
         for mut piece in answer.pieces {

@@ -113,8 +113,11 @@ impl Client {
                 Ok(value) => return Ok(value),
                 Err(error) => error,
             };
-            let transient = error.refusal().is_none_or(|failure| {
-                matches!(failure.code.as_str(), "HOST_IS_SLAVE" | "HOST_IN_EMERGENCY_MODE" | "HOST_STILL_BOOTING")
+            let transient = error.refusal().is_none_or(|failure| match failure.code.as_str() {
+                "HOST_IS_SLAVE" | "HOST_IN_EMERGENCY_MODE" | "HOST_STILL_BOOTING" => true,
+                // A member forwarded the call, and its master died over it.
+                "INTERNAL_ERROR" => failure.params.first().is_some_and(|text| text.contains("the master was lost")),
+                _ => false,
             });
             if !transient || Instant::now() >= deadline {
                 return Err(error);

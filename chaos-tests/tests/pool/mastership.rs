@@ -134,6 +134,12 @@ async fn without_a_majority_callers_are_told_of_the_emergency_and_with_one_they_
     lab.kill(&master, What::Host).await.unwrap();
 
     let mut at_survivor = client.at(&survivor.endpoint().unwrap());
+    // Until it misses the master's heartbeats it cannot know better.
+    until(EMERGENCY_LIMIT, "the survivor to miss its master", async || {
+        let asked = at_survivor.plain("session.login_with_password", &login(&lab)).await;
+        (refusal(asked).0 != "HOST_IS_SLAVE").then_some(())
+    })
+    .await;
     for (method, parameters) in
         [("session.login_with_password", login(&lab)), ("VM.get_all", json!([client.session()]))]
     {

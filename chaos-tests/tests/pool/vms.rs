@@ -66,7 +66,7 @@ impl Subject {
     async fn has_domain(&mut self, power_state: &str) -> Value {
         let record = self.record().await;
         assert_eq!(record["power_state"], power_state);
-        assert!(text(&record["domid"]).parse::<i64>().is_ok_and(|domid| domid > 0), "domid {}", record["domid"]);
+        assert!(record["domid"].as_i64().is_some_and(|domid| domid > 0), "domid {}", record["domid"]);
         let host = self.client.call("host.get_record", json!([record["resident_on"]])).await.unwrap();
         assert!(host["resident_VMs"].as_array().unwrap().contains(&json!(self.vm)), "{}", host["resident_VMs"]);
         self.is_idle(&record, power_state);
@@ -76,7 +76,7 @@ impl Subject {
     /// The rows of a VM that has none.
     async fn is_halted(&mut self) {
         let record = self.record().await;
-        assert_eq!((&record["power_state"], text(&record["domid"])), (&json!("Halted"), "-1".to_owned()));
+        assert_eq!((&record["power_state"], &record["domid"]), (&json!("Halted"), &json!(-1)));
         assert_eq!(record["resident_on"], "OpaqueRef:NULL");
         self.is_idle(&record, "Halted");
     }
@@ -109,7 +109,7 @@ async fn life(lab: &Lab) {
     let running = it.has_domain("Running").await;
     let metrics = it.metrics().await;
     assert_ne!(metrics["start_time"], "19700101T00:00:00Z");
-    assert!(metrics["memory_actual"].to_string().trim_matches('"').parse::<i64>().unwrap() > 0, "{metrics}");
+    assert!(metrics["memory_actual"].as_i64() > Some(0), "{metrics}");
     it.refuses("start", json!([false, false]), "halted", "running").await;
     it.refuses("unpause", json!([]), "paused", "running").await;
     it.refuses("destroy", json!([]), "halted", "running").await;

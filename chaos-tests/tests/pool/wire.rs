@@ -25,6 +25,10 @@ fn xml(method: &str, parameters: &[&str]) -> String {
     )
 }
 
+fn holds(text: &[u8], wanted: &[u8]) -> bool {
+    text.windows(wanted.len()).any(|window| window == wanted)
+}
+
 /// Bodies that are no request at all: what is answered is said by HTTP alone.
 fn not_requests() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let (xml_type, json_type) = ("/", "/jsonrpc");
@@ -83,7 +87,10 @@ async fn bad_input_gets_its_error_and_never_takes_the_process_down() {
             let kind = if path == "/" { "text/xml" } else { "application/json" };
             // The server may close while the body is still on its way: that is an answer too.
             if let Ok(answer) = connection.post(path, kind, body, LIMIT).await {
-                assert!(answer.status.is_client_error() || answer.status.is_server_error(), "{name}: {answer:?}");
+                let refused = answer.status.is_client_error() || answer.status.is_server_error();
+                // Bytes that are no text are a matter of parameters, and have an error of XenAPI's own.
+                let named = name.starts_with("bad UTF-8") && holds(&answer.body, b"Invalid UTF-8");
+                assert!(refused || named, "{name}: {answer:?}");
                 assert!(answer.body.len() < 4096, "{name}: {} bytes", answer.body.len());
                 assert!(!String::from_utf8_lossy(&answer.body).contains("root:"), "{name}: {answer:?}");
             }
