@@ -105,7 +105,12 @@ def list_every_class(session):
     classes = sorted(name.removesuffix(".get_all_records") for name in methods if name.endswith(".get_all_records"))
     counts = {}
     for name in classes:
-        records = getattr(session.xenapi, name).get_all_records()
+        try:
+            records = getattr(session.xenapi, name).get_all_records()
+        except XenAPI.Failure as failure:
+            check(failure.details == ["MESSAGE_REMOVED"], f"{name}.get_all_records: {failure.details}")
+            counts[name] = None
+            continue
         counts[name] = len(records)
         fields = {frozenset(record) for record in records.values()}
         check(len(fields) <= 1, f"records of {name} have different fields")
