@@ -23,7 +23,7 @@ use crate::lab::What;
 
 /// How long one member is given for one try. Long enough for any healthy write, and short enough that a request which was
 /// sent on to the dead leader does not hide the new one.
-const TRY_LIMIT: Duration = Duration::from_millis(250);
+const TRY_LIMIT: Duration = Duration::from_millis(100);
 const FAILOVER_LIMIT: Duration = Duration::from_secs(30);
 /// Between two tries that were refused at once.
 const TRY_AGAIN: Duration = Duration::from_millis(2);

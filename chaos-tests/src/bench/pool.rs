@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustls::ClientConfig;
@@ -16,6 +17,8 @@ use crate::lab::{Lab, State};
 
 /// How many connections make VMs at once.
 const MAKERS: usize = 16;
+/// How long a pool may take that has just lost a master.
+const SOON: Duration = Duration::from_secs(15);
 /// What VMs of the benchmarks are called, and what they are found by when they are counted.
 const NAME: &str = "benchmark";
 
@@ -73,6 +76,9 @@ impl Pool {
     /// Makes VMs until there are so many.
     pub async fn make_vms(&mut self, count: usize) -> anyhow::Result<()> {
         let missing = count.saturating_sub(self.vms.len());
+        if missing == 0 {
+            return Ok(());
+        }
         let template = self.template().await?;
         let master = self.master().await?;
         let mut makers = JoinSet::new();
@@ -98,7 +104,7 @@ impl Pool {
 
     /// A template with no disks: what is measured is the pool, not storage.
     async fn template(&mut self) -> anyhow::Result<String> {
-        let vms = self.client.call("VM.get_all_records", Value::Null).await?;
+        let vms = self.client.persist(SOON, "VM.get_all_records", Value::Null).await?;
         let templates = vms.as_object().into_iter().flatten().filter(|(_, vm)| vm["is_a_template"] == true);
         let mut templates: Vec<_> =
             templates.filter(|(_, vm)| vm["VBDs"].as_array().is_some_and(Vec::is_empty)).collect();

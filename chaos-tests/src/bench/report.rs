@@ -139,7 +139,7 @@ impl Report {
         writeln!(
             out,
             "Milliseconds from SIGKILL of the leader to the first acknowledged write, by a client that knows all members \
-             and tries one after the other, each for at most 250 ms. Default timings of both.\n"
+             and tries one after the other, each for at most 100 ms. Default timings of both.\n"
         )?;
         writeln!(out, "| | rounds | median | p99 | worst |\n| --- | ---: | ---: | ---: | ---: |")?;
         for (name, times) in [("xenith", &self.pool_failovers), ("etcd", &self.etcd_failovers)] {

@@ -114,6 +114,11 @@ impl Connection {
         Ok(Self { endpoint: endpoint.clone(), sender, _driver: driver })
     }
 
+    /// Whether the other side has closed it already, so that nothing can be sent.
+    pub fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+
     /// Whom it leads to.
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint

@@ -130,7 +130,7 @@ impl Client {
     /// One call with no session added and nobody followed.
     pub async fn plain(&mut self, method: &str, params: &Value) -> Result<Value, CallError> {
         let limit = self.call_limit;
-        let connection = match self.connection.take() {
+        let connection = match self.connection.take().filter(|open| !open.is_closed()) {
             Some(open) => self.connection.insert(open),
             None => {
                 let opened = Connection::open(self.endpoint(), CONNECT_LIMIT.min(limit)).await?;
