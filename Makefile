@@ -33,7 +33,7 @@ test: ## Every test (installs what is missing)
 bench: ## Measure the pool beside etcd and write docs/benchmarks.md (installs what is missing)
 	@deploy/install-deps.sh --for bench
 	@$(MAKE) --no-print-directory build
-	cargo run $(CARGO_FLAGS) -p chaos-tests --bin bench -- --xenith "$(XENITH)" --write docs/benchmarks.md --date "$$(date -u +%F)" --date "$$(date +%F)" $(BENCH_FLAGS)
+	cargo run $(CARGO_FLAGS) -p chaos-tests --bin bench -- --xenith "$(XENITH)" --write docs/benchmarks.md --date "$$(date +%F)" $(BENCH_FLAGS)
 
 coverage: build ## Write docs/api-coverage.md: which calls are there today
 	"$(XENITH)" coverage > docs/api-coverage.md.new
