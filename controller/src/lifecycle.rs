@@ -203,3 +203,116 @@ pub(crate) fn allowed_operations(row: &Row) -> Vec<Op> {
     let advertised = TABLE.iter().filter(|(operation, _, advertised)| *advertised && SERVED.contains(operation));
     advertised.map(|(operation, _, _)| *operation).filter(|operation| check(row, *operation).is_ok()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use datamodel::{ClassKind, FieldValue, OpaqueRef, Value};
+
+    use super::*;
+
+    const STATES: [Power; 4] = [Power::Halted, Power::Paused, Power::Suspended, Power::Running];
+
+    fn vm(changes: &[(u16, Value)]) -> Row {
+        Row::of_defaults(Vm::ID, OpaqueRef::NULL).with_values(changes)
+    }
+
+    fn in_state(power: Power) -> Row {
+        vm(&[(vm::POWER_STATE.index(), power.into_value())])
+    }
+
+    #[test]
+    fn every_operation_is_possible_in_exactly_the_power_states_of_the_table() {
+        for operation in Op::ALL {
+            for power in STATES {
+                let row = in_state(power);
+                let expected = allowed_in(*operation) & bit(power) != 0;
+                match check(&row, *operation) {
+                    Ok(()) => assert!(expected, "{operation} while {power}"),
+                    Err(error) if error.code == errors::VM_BAD_POWER_STATE => {
+                        assert!(!expected, "{operation} while {power}: {error}");
+                        assert_eq!(error.params[2], power.as_str().to_ascii_lowercase());
+                    }
+                    // What only a template or a snapshot can do is refused for that reason where the state would do.
+                    Err(error) => {
+                        assert!(
+                            expected && matches!(operation, Op::Provision | Op::Revert),
+                            "{operation} while {power}: {error}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_documented_rows_of_the_table_are_kept() {
+        let possible =
+            |operation| STATES.into_iter().filter(|power| allowed_in(operation) & bit(*power) != 0).collect::<Vec<_>>();
+        assert_eq!(possible(Op::Start), [Power::Halted]);
+        assert_eq!(possible(Op::Pause), [Power::Running]);
+        assert_eq!(possible(Op::Unpause), [Power::Paused]);
+        assert_eq!(possible(Op::HardShutdown), [Power::Paused, Power::Suspended, Power::Running]);
+        assert_eq!(possible(Op::HardReboot), [Power::Paused, Power::Running]);
+        assert_eq!(possible(Op::CleanShutdown), [Power::Running]);
+        assert_eq!(possible(Op::Clone), [Power::Halted]);
+    }
+
+    #[test]
+    fn several_good_states_are_named_together() {
+        let error = check(&in_state(Power::Halted), Op::HardReboot).unwrap_err();
+        assert_eq!(error.params[1..], ["paused, running", "halted"]);
+    }
+
+    #[test]
+    fn what_is_under_way_keeps_others_out_but_a_hard_shutdown_passes() {
+        let current = BTreeMap::from([("OpaqueRef:task".to_owned(), Op::CleanShutdown)]);
+        let row = in_state(Power::Running).with_values(&[(vm::CURRENT_OPERATIONS.index(), current.into_value())]);
+        let error = check(&row, Op::Pause).unwrap_err();
+        assert_eq!(error.code, errors::OTHER_OPERATION_IN_PROGRESS);
+        assert_eq!(error.params, ["VM", "OpaqueRef:NULL", "clean_shutdown", "OpaqueRef:task"]);
+        assert_eq!(check(&row, Op::HardShutdown), Ok(()));
+    }
+
+    #[test]
+    fn a_blocked_operation_says_why_before_anything_else() {
+        let blocked = BTreeMap::from([(Op::Start, "maintenance".to_owned())]);
+        let row = in_state(Power::Running).with_values(&[(vm::BLOCKED_OPERATIONS.index(), blocked.into_value())]);
+        let error = check(&row, Op::Start).unwrap_err();
+        assert_eq!((error.code, error.params[1].as_str()), (errors::OPERATION_BLOCKED, "maintenance"));
+    }
+
+    #[test]
+    fn templates_are_cloned_and_provisioned_and_never_started() {
+        let template = vm(&[(vm::IS_A_TEMPLATE.index(), Value::Bool(true))]);
+        assert_eq!(check(&template, Op::Start).unwrap_err().code, errors::VM_IS_TEMPLATE);
+        for operation in [Op::Clone, Op::Copy, Op::Provision, Op::Destroy] {
+            assert_eq!(check(&template, operation), Ok(()), "{operation}");
+        }
+        let default = template.with_values(&[(vm::IS_DEFAULT_TEMPLATE.index(), Value::Bool(true))]);
+        assert_eq!(check(&default, Op::Destroy).unwrap_err().code, errors::VM_CANNOT_DELETE_DEFAULT_TEMPLATE);
+        assert_eq!(
+            check(&in_state(Power::Halted), Op::Provision).unwrap_err().code,
+            errors::PROVISION_ONLY_ALLOWED_ON_TEMPLATE
+        );
+    }
+
+    #[test]
+    fn nothing_is_done_to_a_control_domain() {
+        let row = in_state(Power::Running).with_values(&[(vm::IS_CONTROL_DOMAIN.index(), Value::Bool(true))]);
+        assert_eq!(check(&row, Op::HardShutdown).unwrap_err().code, errors::OPERATION_NOT_ALLOWED);
+        assert!(allowed_operations(&row).is_empty());
+    }
+
+    #[test]
+    fn only_operations_that_have_a_function_are_advertised() {
+        for power in STATES {
+            for operation in allowed_operations(&in_state(power)) {
+                assert!(SERVED.contains(&operation), "{operation}");
+            }
+        }
+        assert!(allowed_operations(&in_state(Power::Halted)).contains(&Op::Start));
+        assert!(!allowed_operations(&in_state(Power::Running)).contains(&Op::Suspend));
+    }
+}

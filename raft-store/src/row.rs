@@ -91,6 +91,13 @@ impl Row {
         self.class.def().field(field).and_then(|index| self.value(index).as_str()).unwrap_or("")
     }
 
+    /// A row with every field at its default: for decisions about objects that are not there yet.
+    #[must_use]
+    pub fn of_defaults(class: ClassId, reference: OpaqueRef) -> Self {
+        let fields = class.def().fields.iter().map(|field| field.default.clone()).collect();
+        Self::new(class, reference, LogIndex(0), LogIndex(0), fields)
+    }
+
     /// The row as it would be with other values: for decisions, never stored.
     #[must_use]
     pub fn with_values(&self, changes: &[(u16, Value)]) -> Self {

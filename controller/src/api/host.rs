@@ -57,10 +57,6 @@ pub(super) async fn get_vms_which_prevent_evacuation(
     Ok(guests.map(|guest| (guest, errors::no_hosts_available().description())).collect())
 }
 
-pub(super) async fn is_in_emergency_mode(_: &Call) -> Served<bool> {
-    Ok(false)
-}
-
 pub(super) async fn list_methods(_: &Call) -> Served<Vec<String>> {
     Ok(model().list_methods())
 }

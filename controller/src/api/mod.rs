@@ -63,7 +63,6 @@ const HANDLERS: &[(&str, Handler)] = handlers! {
     "host.compute_memory_overhead" => host::compute_memory_overhead, (Host);
     "host.get_data_sources" => host::get_data_sources, (Host);
     "host.get_vms_which_prevent_evacuation" => host::get_vms_which_prevent_evacuation, (Host);
-    "host.is_in_emergency_mode" => host::is_in_emergency_mode, ();
     "host.list_methods" => host::list_methods, ();
     "host.call_plugin" => host::call_plugin, (Host, String, String, Value);
     "pool.designate_new_master" => pool::designate_new_master, (Host);
