@@ -18,8 +18,9 @@ pub(crate) struct Proposal {
     pub(crate) answer: oneshot::Sender<Result<LogIndex, CommitError>>,
 }
 
-/// Entries under way at once: enough to keep the disks busy, few enough that those who wait gather.
-const IN_FLIGHT: usize = 3;
+/// Entries under way at once: one is being synced while the next gathers. Measured at 64 clients on two cores: three
+/// make the batches small (10,600 writes a second), one leaves the disk idle (9,800), two do neither (13,900).
+const IN_FLIGHT: usize = 2;
 const LARGEST_BATCH: usize = 512;
 
 /// Ends when every handle of the store is gone, or is ended with the store.
