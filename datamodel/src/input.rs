@@ -86,10 +86,10 @@ pub fn convert(ty: &Type, input: Input, name: &str) -> Result<Value, Misfit> {
 /// Decimal or `0x…`.
 fn integer(text: &str) -> Option<i64> {
     let text = text.trim();
-    let (sign, digits) = text.strip_prefix('-').map_or((1, text), |digits| (-1, digits));
+    let (sign, digits) = text.strip_prefix('-').map_or(("", text), |digits| ("-", digits));
     match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
         Some(hex) if hex.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
-            i64::from_str_radix(hex, 16).ok()?.checked_mul(sign)
+            i64::from_str_radix(&format!("{sign}{hex}"), 16).ok()
         }
         Some(_) => None,
         None => text.parse().ok(),

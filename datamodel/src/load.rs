@@ -52,6 +52,8 @@ struct FieldEntry {
     r#type: String,
     access: String,
     default: Option<String>,
+    /// What a new row holds where the published model names no default.
+    initial: Option<String>,
     follows: Option<String>,
     pairs_with: Option<String>,
     role: Option<String>,
@@ -126,7 +128,7 @@ pub(crate) fn load() -> Model {
             .iter()
             .map(|(name, entry)| {
                 let ty = parse(&entry.r#type).unwrap_or_else(|error| panic!("{}.{name}: {error}", file.name));
-                let default = entry.default.as_deref().map(|text| {
+                let written = entry.default.as_deref().or(entry.initial.as_deref()).map(|text| {
                     notation::parse_default(&ty, text)
                         .unwrap_or_else(|| panic!("{}.{name}: bad default {text}", file.name))
                 });
@@ -138,8 +140,8 @@ pub(crate) fn load() -> Model {
                         "runtime" => Qualifier::Runtime,
                         other => panic!("{}.{name}: unknown access {other}", file.name),
                     },
-                    has_default: default.is_some(),
-                    default: default.unwrap_or_else(|| ty.zero()),
+                    has_default: entry.default.is_some(),
+                    default: written.unwrap_or_else(|| ty.zero()),
                     ty,
                     since: leak(entry.since.clone()),
                     state: lifecycle(entry.state.as_deref()),

@@ -56,26 +56,32 @@ impl FromStr for Timestamp {
     /// `20240101T00:00:00Z`, `2024-01-01T00:00:00Z`, with `Z`, `±hh:mm`, `±hhmm`, or no zone at all (UTC).
     fn from_str(text: &str) -> Result<Self, NotADate> {
         let (date, rest) = text.trim().split_once('T').ok_or(NotADate)?;
-        let date: String = date.chars().filter(|symbol| *symbol != '-').collect();
+        let (year, month, day) = match (date.len(), date.as_bytes()) {
+            (8, _) if date.is_ascii() => (&date[..4], &date[4..6], &date[6..]),
+            (10, [_, _, _, _, b'-', _, _, b'-', _, _]) if date.is_ascii() => (&date[..4], &date[5..7], &date[8..]),
+            _ => return Err(NotADate),
+        };
         let (time, offset) = match rest.find(['Z', '+', '-']) {
             Some(at) => (&rest[..at], zone(&rest[at..])?),
             None => (rest, 0),
         };
-        let mut clock = time.split('.').next().unwrap_or(time).split(':');
+        let (time, fraction) = time.split_once('.').unwrap_or((time, "0"));
+        let mut clock = time.split(':');
         let mut next = || clock.next().and_then(|part| number::<i8>(part, 2)).ok_or(NotADate);
         let (hour, minute, second) = (next()?, next()?, next()?);
-        if date.len() != 8 || !date.is_ascii() {
+        if clock.next().is_some() || !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
             return Err(NotADate);
         }
         let date = Date::new(
-            number(&date[..4], 4).ok_or(NotADate)?,
-            number(&date[4..6], 2).ok_or(NotADate)?,
-            number(&date[6..], 2).ok_or(NotADate)?,
+            number(year, 4).ok_or(NotADate)?,
+            number(month, 2).ok_or(NotADate)?,
+            number(day, 2).ok_or(NotADate)?,
         )
         .map_err(|_| NotADate)?;
         let time = Time::new(hour, minute, second, 0).map_err(|_| NotADate)?;
         let moment = Offset::UTC.to_timestamp(DateTime::from_parts(date, time)).map_err(|_| NotADate)?;
-        Ok(Self(moment.as_second() - offset))
+        let moment = jiff::Timestamp::from_second(moment.as_second() - offset).map_err(|_| NotADate)?;
+        Ok(Self(moment.as_second()))
     }
 }
 
@@ -93,7 +99,11 @@ fn zone(text: &str) -> Result<i64, NotADate> {
     };
     let digits: String = text[1..].chars().filter(|symbol| *symbol != ':').collect();
     let value: i64 = number(&digits, 4).ok_or(NotADate)?;
-    Ok(sign * (value / 100 * 3600 + value % 100 * 60))
+    let (hours, minutes) = (value / 100, value % 100);
+    if hours > 23 || minutes > 59 {
+        return Err(NotADate);
+    }
+    Ok(sign * (hours * 3600 + minutes * 60))
 }
 
 #[cfg(test)]

@@ -16,6 +16,11 @@ fn published() -> Option<Json> {
     Some(serde_json::from_str(&text).expect("the published model is JSON"))
 }
 
+fn class_file(name: &str) -> toml::Table {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("classes").join(format!("{name}.toml"));
+    std::fs::read_to_string(path).unwrap().parse().unwrap()
+}
+
 fn text<'a>(json: &'a Json, key: &str) -> &'a str {
     json[key].as_str().unwrap_or("")
 }
@@ -50,6 +55,7 @@ fn classes_fields_and_enums_are_the_published_ones() {
     assert_eq!(ours, published.keys().map(String::as_str).collect());
     for class in model().classes().iter().filter(|class| !class.internal) {
         let theirs = &published[class.name];
+        let ours = class_file(class.name);
         let mut fields: BTreeSet<&str> = theirs["fields"].as_object().unwrap().keys().map(String::as_str).collect();
         for field in class.fields.iter().filter(|field| !field.hidden) {
             let name = format!("{}.{}", class.name, field.name);
@@ -63,6 +69,8 @@ fn classes_fields_and_enums_are_the_published_ones() {
             };
             assert_eq!(qualifier, text(their, "qualifier"), "{name}");
             assert_eq!(field.has_default, their.get("default").is_some(), "{name}: default");
+            let default = ours["fields"][field.name].get("default").and_then(toml::Value::as_str);
+            assert_eq!(default, their.get("default").and_then(Json::as_str), "{name}: default");
             assert_eq!(field.since, text(their, "since"), "{name}");
             assert_eq!(state(field.state), text(their, "state"), "{name}");
         }

@@ -68,18 +68,31 @@ fn member(name: &str, value: &Value, out: &mut Vec<u8>) {
     out.extend_from_slice(b"</member>");
 }
 
-/// Whole numbers have no point on this wire.
+/// The layout of C's `%.16g`: no point in whole numbers, `1e+20`, `1e-05`. The digits are the fewest that read back
+/// as the same number.
 fn double(number: f64, out: &mut Vec<u8>) {
     // Writing to a Vec cannot fail.
     let _ = if number.is_nan() {
         out.write_all(b"nan")
     } else if number.is_infinite() {
         out.write_all(if number > 0.0 { b"inf" } else { b"-inf" })
-    } else if number != 0.0 && !(1e-5..1e16).contains(&number.abs()) {
-        write!(out, "{number:e}")
-    } else {
+    } else if number == 0.0 || (1e-4..1e16).contains(&number.abs()) {
         write!(out, "{number}")
+    } else {
+        let start = out.len();
+        let _ = write!(out, "{number:e}");
+        exponent_as_in_c(start, out)
     };
+}
+
+/// Rewrites the exponent of the number that begins at `start`: with its sign, and two digits at least.
+fn exponent_as_in_c(start: usize, out: &mut Vec<u8>) -> std::io::Result<()> {
+    let Some(mark) = out[start..].iter().position(|byte| *byte == b'e').map(|at| start + at) else { return Ok(()) };
+    let digits = out[mark + 1..].iter().filter(|byte| byte.is_ascii_digit());
+    let size = digits.fold(0_u32, |size, digit| size * 10 + u32::from(digit - b'0'));
+    let sign = if out[mark + 1..].starts_with(b"-") { '-' } else { '+' };
+    out.truncate(mark);
+    write!(out, "e{sign}{size:02}")
 }
 
 /// Appends text with the four entities; what XML 1.0 forbids is dropped.
@@ -109,4 +122,24 @@ pub fn xml_text(text: &str, out: &mut Vec<u8>) {
         }
     }
     out.extend_from_slice(&bytes[plain..]);
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn doubles_have_the_layout_that_c_gives_them() {
+        for (number, text) in [
+            (0.0001, "0.0001"),
+            (0.000_012, "1.2e-05"),
+            (-1e-300, "-1e-300"),
+            (9_999_999_999_999_998.0, "9999999999999998"),
+            (1e16, "1e+16"),
+            (1.5e20, "1.5e+20"),
+            (-2.5, "-2.5"),
+        ] {
+            let mut out = b"7".to_vec();
+            super::double(number, &mut out);
+            assert_eq!(String::from_utf8_lossy(&out), format!("7{text}"));
+        }
+    }
 }
