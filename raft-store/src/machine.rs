@@ -308,6 +308,17 @@ impl RaftStateMachine<Config> for StateMachine {
         }
         self.0.persist().await?;
         self.0.applied.send_replace(applied);
+        // Entries of this term are in it, though it does not say which was the first.
+        if let Some(last) = &meta.last_log_id {
+            let term = **last.committed_leader_id();
+            self.0.office.send_if_modified(|office| {
+                let later = office.0 < term;
+                if later {
+                    *office = (term, applied);
+                }
+                later
+            });
+        }
         Ok(())
     }
 

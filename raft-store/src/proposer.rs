@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use openraft::errors::ClientWriteError;
 use openraft::impls::ProgressResponder;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use crate::codec::encode_batch;
 use crate::row::LogIndex;
@@ -15,7 +15,17 @@ use crate::types::{Batch, Raft};
 /// A transaction on its way, and who waits for it.
 pub(crate) struct Proposal {
     pub(crate) transaction: Transaction,
-    pub(crate) answer: oneshot::Sender<Result<LogIndex, CommitError>>,
+    pub(crate) answer: oneshot::Sender<Result<LogIndex, Unanswered>>,
+}
+
+/// Why a proposal has no index.
+#[derive(Debug, Clone)]
+pub(crate) enum Unanswered {
+    /// It had no effect, or nothing can be found out.
+    Known(CommitError),
+    /// The lead was lost after the entry was appended in this term. Another node may have kept it, even where this
+    /// one has cut it off its log: only an applied entry of a later term settles it.
+    Open { term: u64 },
 }
 
 /// Entries under way at once: one is being synced while the next gathers. Measured at 64 clients on two cores: three
@@ -24,7 +34,10 @@ const IN_FLIGHT: usize = 2;
 const LARGEST_BATCH: usize = 512;
 
 /// Ends when every handle of the store is gone, or is ended with the store.
-pub(crate) async fn run(raft: Raft, mut queue: mpsc::Receiver<Proposal>) {
+///
+/// An entry is appended in the term in which this node last took office, or not at all: what becomes of it when the
+/// lead is lost can then be told from the entries of later terms.
+pub(crate) async fn run(raft: Raft, office: watch::Receiver<(u64, LogIndex)>, mut queue: mpsc::Receiver<Proposal>) {
     let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
     let mut tasks = tokio::task::JoinSet::new();
     let mut waiting = Vec::with_capacity(LARGEST_BATCH);
@@ -39,10 +52,11 @@ pub(crate) async fn run(raft: Raft, mut queue: mpsc::Receiver<Proposal>) {
         let encoded = encode_batch(&transactions);
         let batch = Batch { transactions: transactions.into(), encoded };
         let (responder, completed) = ProgressResponder::complete_only();
-        let accepted = raft.client_write_ff(batch, Some(responder)).await;
+        let term = office.borrow().0;
+        let accepted = raft.write(batch).responder(responder).with_leader(term).await;
         if let Err(fatal) = accepted {
             tracing::error!(%fatal, "consensus has stopped");
-            tell(answers, &CommitError::Unknown);
+            tell(answers, &Unanswered::Known(CommitError::Unknown));
             continue;
         }
         tasks.spawn(async move {
@@ -50,25 +64,25 @@ pub(crate) async fn run(raft: Raft, mut queue: mpsc::Receiver<Proposal>) {
                 Ok(Ok(response)) => {
                     for (answer, outcome) in answers.into_iter().zip(response.data.0) {
                         // Who asked may have gone away.
-                        let _ = answer.send(outcome.map_err(CommitError::Conflict));
+                        let _ = answer.send(outcome.map_err(|conflict| Unanswered::Known(conflict.into())));
                     }
                 }
                 Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
                     let leader = forward.leader_id.zip(forward.leader_node).map(|(id, node)| Member::new(id, &node));
-                    tell(answers, &CommitError::NotLeader(NotLeader { leader }));
+                    tell(answers, &Unanswered::Known(NotLeader { leader }.into()));
                 }
                 Ok(Err(error)) => {
-                    tracing::warn!(%error, "an entry was discarded");
-                    tell(answers, &CommitError::Unknown);
+                    tracing::info!(%error, term, "an entry was cut off; the next master's entries tell what became of it");
+                    tell(answers, &Unanswered::Open { term });
                 }
-                Err(_) => tell(answers, &CommitError::Unknown),
+                Err(_) => tell(answers, &Unanswered::Open { term }),
             }
             drop(permit);
         });
     }
 }
 
-fn tell(answers: Vec<oneshot::Sender<Result<LogIndex, CommitError>>>, error: &CommitError) {
+fn tell(answers: Vec<oneshot::Sender<Result<LogIndex, Unanswered>>>, error: &Unanswered) {
     for answer in answers {
         let _ = answer.send(Err(error.clone()));
     }

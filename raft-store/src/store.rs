@@ -11,13 +11,15 @@ use openraft::{ChangeMembers, ServerState, SnapshotPolicy};
 use proto::raft::raft_server::RaftServer;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::disk::{Disk, OpenError, Writer};
 use crate::leadership::{self, Leadership};
 use crate::log::LogStore;
 use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
 use crate::peer::{Heard, PeerFactory, PeerService, PeerTls};
-use crate::proposer::{self, Proposal};
+use crate::proposer::{self, Proposal, Unanswered};
 use crate::row::LogIndex;
 use crate::state::State;
 use crate::transaction::{Conflict, Transaction};
@@ -170,7 +172,7 @@ impl Store {
             leading,
         ));
         let (proposals, queue) = mpsc::channel(WAITING_COMMITS);
-        tasks.spawn(proposer::run(raft.clone(), queue));
+        tasks.spawn(proposer::run(raft.clone(), machine.office.subscribe(), queue));
         tasks.spawn(persist(Arc::clone(&machine)));
         let commit_limit = config.commit_limit;
         let shared = Shared {
@@ -247,7 +249,11 @@ impl Store {
     }
 
     /// Commits a transaction: on the answer it is on the disks of a majority and in this node's state.
-    /// The same transaction may be committed again after [`CommitError::Unknown`]: it is applied once.
+    ///
+    /// Where the lead is lost on the way, the answer waits for the next leader's entries, which tell whether the
+    /// transaction was applied ([`LogIndex`] or conflict) or never will be ([`CommitError::NotLeader`]). Only where
+    /// none come within the limit is it [`CommitError::Unknown`]; the same transaction may then be committed again,
+    /// here or on another node: it is applied once.
     ///
     /// # Errors
     /// [`CommitError`].
@@ -255,11 +261,29 @@ impl Store {
         if !matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. }) {
             return Err(self.not_leader().into());
         }
+        let deadline = Instant::now() + self.shared.commit_limit;
+        let id = transaction.id();
         let (answer, outcome) = oneshot::channel();
         self.shared.proposals.try_send(Proposal { transaction, answer }).map_err(|_| CommitError::Overloaded)?;
-        match tokio::time::timeout(self.shared.commit_limit, outcome).await {
-            Ok(Ok(outcome)) => outcome,
+        match tokio::time::timeout_at(deadline, outcome).await {
+            Ok(Ok(Ok(index))) => Ok(index),
+            Ok(Ok(Err(Unanswered::Known(error)))) => Err(error),
+            Ok(Ok(Err(Unanswered::Open { term }))) => self.fate(id, term, deadline).await,
             Ok(Err(_)) | Err(_) => Err(CommitError::Unknown),
+        }
+    }
+
+    /// What became of a transaction whose entry was appended in `term` by a lead that was lost. Once an entry of a
+    /// later term is applied, no entry of this one can follow.
+    async fn fate(&self, id: Uuid, term: u64, deadline: Instant) -> Result<LogIndex, CommitError> {
+        let mut office = self.shared.machine.office.subscribe();
+        match tokio::time::timeout_at(deadline, office.wait_for(|(later, _)| *later > term)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => return Err(CommitError::Unknown),
+        }
+        match self.state().outcome(id) {
+            Some(outcome) => Ok(outcome?),
+            None => Err(self.not_leader().into()),
         }
     }
 

@@ -68,6 +68,15 @@ impl Transaction {
         self.writes.is_empty()
     }
 
+    /// The object of a class that it makes; the last one where it makes several.
+    #[must_use]
+    pub fn inserted(&self, class: ClassId) -> Option<OpaqueRef> {
+        self.writes.iter().rev().find_map(|write| match write {
+            Write::Insert(of, reference, _) if *of == class => Some(*reference),
+            _ => None,
+        })
+    }
+
     /// Makes an object.
     pub fn insert<C: ClassKind>(&mut self, row: NewRow<C>) -> &mut Self {
         self.insert_values(C::ID, row.reference.opaque(), row.fields)

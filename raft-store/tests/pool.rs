@@ -1,6 +1,8 @@
 //! Three nodes over real TLS on loopback: what is acknowledged stays, whoever dies.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use datamodel::fields::network;
@@ -221,5 +223,61 @@ async fn the_lead_moves_on_request() {
     let heir = (leader + 1) % 3;
     pool.store(leader).transfer_leader(pool.members[heir].node_id).await.unwrap();
     assert_eq!(pool.leader().await, heir);
+    pool.end().await;
+}
+
+/// Commits until told to stop, at whoever leads: what was asked, and what was answered.
+async fn write_until(
+    stores: Vec<Store>,
+    stop: Arc<AtomicBool>,
+) -> Vec<(Uuid, Ref<Network>, Result<LogIndex, CommitError>)> {
+    let mut told = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        let leads = |store: &&Store| matches!(*store.leadership().borrow(), Leadership::Leader { .. });
+        let Some(store) = stores.iter().find(leads) else {
+            tokio::task::yield_now().await;
+            continue;
+        };
+        let (transaction, reference) = insert("written while the lead moves");
+        told.push((transaction.id(), reference, store.commit(transaction).await));
+    }
+    told
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_commits_while_the_lead_moves_is_told_whether_it_was_applied() {
+    let pool = Pool::start(3).await;
+    pool.leader().await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let stores: Vec<Store> = (0..3).map(|index| pool.store(index)).collect();
+    let writers: Vec<_> = (0..8).map(|_| tokio::spawn(write_until(stores.clone(), stop.clone()))).collect();
+    for _ in 0..15 {
+        let leader = pool.leader().await;
+        // A lead that moved by itself meanwhile is just as good.
+        let _ = pool.store(leader).transfer_leader(pool.members[(leader + 1) % 3].node_id).await;
+        pool.leader().await;
+    }
+    stop.store(true, Ordering::Relaxed);
+    let mut told = Vec::new();
+    for writer in writers {
+        told.extend(writer.await.unwrap());
+    }
+    let (last, _) = insert("after all of them");
+    pool.commit(last).await;
+    let state = pool.store(pool.leader().await).read().await.unwrap();
+    let mut refused = 0;
+    for (id, reference, answer) in told {
+        match answer {
+            Ok(index) => {
+                assert_eq!(state.row(reference).map(|row| row.created), Some(index), "{id}");
+            }
+            Err(CommitError::NotLeader(_)) => {
+                refused += 1;
+                assert!(state.row(reference).is_none(), "{id} was applied, and its caller told that it was not");
+            }
+            Err(error) => panic!("{id}: {error}"),
+        }
+    }
+    assert!(refused > 0, "no commit met a moving lead");
     pool.end().await;
 }
