@@ -4,13 +4,19 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use datamodel::{ApiError, ClassKind, Input, MessageDef, OpaqueRef, Ref, Session, Task, Timestamp, Value, errors};
-use raft_store::{LogIndex, Member, Row, State, Transaction};
+use datamodel::enums::TaskStatusType;
+use datamodel::{
+    ApiError, ClassKind, Input, MessageDef, OpaqueRef, Ref, Session, Task, Timestamp, Type, Value, errors, fields,
+};
+use parking_lot::Mutex;
+use raft_store::{CommitError, Conflict, LogIndex, Member, NotLeader, Row, State, Transaction};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::controller::Shared;
 use crate::failure::{Failure, Served};
+use crate::repeats::{Repeat, Stage};
+use crate::tasks;
 
 /// How a call reached this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,6 +120,10 @@ pub(crate) struct Call {
     /// The task that the call runs under, if it has one.
     pub(crate) task: Ref<Task>,
     pub(crate) cancel: CancellationToken,
+    /// How the call is known again, if its caller may repeat it.
+    pub(crate) repeat: Option<Arc<Repeat>>,
+    /// What the last transaction said of the call.
+    stage: Mutex<Option<Stage>>,
     wrote: AtomicBool,
 }
 
@@ -134,7 +144,25 @@ impl Call {
             session,
             task,
             cancel: CancellationToken::new(),
+            repeat: None,
+            stage: Mutex::new(None),
             wrote: AtomicBool::new(false),
+        }
+    }
+
+    /// The same call, for work that goes on when nobody waits for its answer any more.
+    pub(crate) fn fork(&self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+            state: Arc::clone(&self.state),
+            caller: Arc::clone(&self.caller),
+            message: self.message,
+            session: self.session,
+            task: self.task,
+            cancel: self.cancel.clone(),
+            repeat: self.repeat.clone(),
+            stage: Mutex::new(self.stage()),
+            wrote: AtomicBool::new(self.wrote()),
         }
     }
 
@@ -156,16 +184,63 @@ impl Call {
         self.shared.uuid()
     }
 
-    /// Commits; from the first success on the call can no longer be repeated elsewhere.
+    /// Commits the change that the call is about. A call that goes on afterwards takes [`commit_as`](Self::commit_as).
     pub(crate) async fn commit(&self, transaction: Transaction) -> Served<LogIndex> {
-        let committed = self.shared.store.commit(transaction).await;
+        let stage = self.foreseen(&transaction);
+        Ok(self.commit_as(transaction, stage).await?)
+    }
+
+    /// Commits, and says with it how far the call has come: to who repeats it, and to its task. From the first success
+    /// on a call that nobody can recognise again can no longer be asked elsewhere.
+    pub(crate) async fn commit_as(&self, mut transaction: Transaction, stage: Stage) -> Result<LogIndex, CommitError> {
+        if let Some(repeat) = &self.repeat {
+            repeat.record(&self.shared, &mut transaction, &stage);
+        }
+        let committed = match &stage {
+            Stage::Done(value) if !self.task.is_null() => self.commit_with_task(transaction, value).await,
+            _ => self.shared.store.commit(transaction).await,
+        };
         match committed {
             Ok(index) => {
                 self.wrote.store(true, Ordering::Relaxed);
+                *self.stage.lock() = Some(stage);
+                if let Some(repeat) = &self.repeat {
+                    repeat.committed();
+                }
                 Ok(index)
             }
-            Err(error) => Err(error.into()),
+            // Whoever asks again finds out.
+            Err(CommitError::Unknown) if self.repeat.is_some() => {
+                Err(CommitError::NotLeader(NotLeader { leader: None }))
+            }
+            Err(error) => Err(error),
         }
+    }
+
+    /// The task ends with the effect that it stands for, or, if it was cancelled, neither happens.
+    async fn commit_with_task(&self, transaction: Transaction, value: &Value) -> Result<LogIndex, CommitError> {
+        let mut whole = transaction.clone();
+        whole.expect(self.task, fields::task::STATUS, TaskStatusType::Pending);
+        tasks::finish(&mut whole, self.task, Ok(value), self.now());
+        match self.shared.store.commit(whole).await {
+            // Its owner has thrown the task away, and not what it stands for.
+            Err(CommitError::Conflict(Conflict::Missing(Task::NAME, _))) => self.shared.store.commit(transaction).await,
+            committed => committed,
+        }
+    }
+
+    /// What the call will answer if this is its last transaction: nothing, or the object that it makes.
+    fn foreseen(&self, transaction: &Transaction) -> Stage {
+        match &self.message.result {
+            Type::Void => Stage::Done(Value::Void),
+            Type::Ref(class) => transaction.inserted(*class).map_or(Stage::Open, |made| Stage::Done(Value::Ref(made))),
+            _ => Stage::Open,
+        }
+    }
+
+    /// What the last committed transaction said of the call.
+    pub(crate) fn stage(&self) -> Option<Stage> {
+        self.stage.lock().clone()
     }
 
     /// Whether anything was committed.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::Timestamp;
-use raft_store::{Leadership, LogIndex, Store, Transaction};
+use raft_store::{Leadership, LogIndex, Member, Store, Transaction};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -12,7 +12,7 @@ use crate::agent::Agents;
 use crate::call::{Refusal, Reply, Request};
 use crate::clock::Clock;
 use crate::first_boot::Guest;
-use crate::{dispatch, first_boot, operations, reconcile, sessions, tasks};
+use crate::{dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
 
 /// What a controller is told when it starts.
 #[derive(Clone)]
@@ -99,6 +99,33 @@ impl Controller {
         dispatch::call(&self.shared, request).await
     }
 
+    /// Waits until this host knows of another master than that member, itself included, or of none for so long that
+    /// its callers are told.
+    pub async fn replaced(&self, member: &Member) {
+        let mut leadership = self.shared.store.leadership();
+        loop {
+            let electing = match &*leadership.borrow_and_update() {
+                Leadership::Leader { .. } => return,
+                Leadership::Follower { leader } if leader.node_id != member.node_id => return,
+                Leadership::Follower { .. } => false,
+                Leadership::Electing => true,
+            };
+            let changed = leadership.changed();
+            let known = if electing {
+                match tokio::time::timeout(self.shared.config.election_wait, changed).await {
+                    Ok(known) => known,
+                    Err(_) => return,
+                }
+            } else {
+                changed.await
+            };
+            if known.is_err() {
+                // The store has ended, and this process with it.
+                return;
+            }
+        }
+    }
+
     /// Does the master's chores whenever this node leads, until shutdown.
     pub async fn run(&self) {
         let shared = &self.shared;
@@ -147,5 +174,6 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
         operations::adopt(shared, epoch),
         sessions::collect(shared),
         tasks::collect(shared),
+        repeats::collect(shared),
     );
 }

@@ -10,6 +10,7 @@ use crate::api;
 use crate::call::{Call, Caller, Refusal, Reply, Request, Transport};
 use crate::controller::Shared;
 use crate::failure::Failure;
+use crate::repeats::{self, Repeat};
 use crate::{events, implicit, tasks};
 
 /// Answers a call, or says who can.
@@ -27,7 +28,7 @@ pub(crate) async fn call(shared: &Arc<Shared>, request: Request) -> Result<Reply
     match serve(shared, request).await {
         Ok(reply) => Ok(reply),
         Err(Failure::Api(error)) => Err(Refusal::Api(error)),
-        Err(Failure::NotLeader) => elsewhere(shared, &caller, login).await,
+        Err(Failure::NotLeader | Failure::Repeated) => elsewhere(shared, &caller, login).await,
     }
 }
 
@@ -97,21 +98,63 @@ async fn serve(shared: &Arc<Shared>, request: Request) -> Result<Reply, Failure>
     if let Some(session) = &session {
         check_role(session, message)?;
     }
-    let session_ref: Ref<Session> = session.map_or(Ref::NULL, |row| row.typed());
+    let session_row = session;
+    let session_ref: Ref<Session> = session_row.as_ref().map_or(Ref::NULL, |row| row.typed());
     let handler = api::handler(message.full_name);
     if handler.is_none() && message.implicit.is_none() && !events::serves(message) {
         return Err(errors::not_implemented(message.full_name).into());
     }
     let caller = Arc::new(request.caller);
-    let call = Call::new(Arc::clone(shared), state, caller, message, session_ref, Ref::<Task>::NULL);
+    let repeat = Repeat::of(&caller, session_row.as_deref(), message, &arguments.values);
+    if let Some(repeat) = &repeat
+        && let Some(reply) = repeats::answered(shared, repeat, message).await?
+    {
+        return Ok(reply);
+    }
+    let mut call = Call::new(Arc::clone(shared), state, caller, message, session_ref, Ref::<Task>::NULL);
+    call.repeat = repeat.map(Arc::new);
     if asynchronous {
         if !message.asynchronous {
             let reason = format!("No async mode for this operation (rpc: {})", message.full_name);
             return Err(ApiError::new("Fault", vec![reason]).into());
         }
-        return tasks::start(call, handler, arguments.values).await.map(|task| Reply::Value(Value::Ref(task.opaque())));
+        let repeat = call.repeat.clone();
+        return match tasks::start(call, handler, arguments.values).await {
+            Ok(task) => Ok(Reply::Value(Value::Ref(task.opaque()))),
+            Err(failure) => first_answer(shared, repeat.as_deref(), message, failure).await,
+        };
     }
-    answer(&call, handler, arguments.values).await.map_err(|failure| settle(&call, failure))
+    let outcome = answer(&call, handler, arguments.values).await;
+    match &outcome {
+        Ok(Reply::Value(value)) => repeats::end(&call, call.stage(), Ok(value)).await,
+        Err(Failure::Api(error)) => repeats::end(&call, call.stage(), Err(error)).await,
+        _ => {}
+    }
+    match outcome {
+        Ok(reply) => Ok(reply),
+        Err(failure) => first_answer(shared, call.repeat.as_deref(), message, settle(&call, failure)).await,
+    }
+}
+
+/// A call that met itself, under the same key, answers what the other one does.
+async fn first_answer(
+    shared: &Arc<Shared>,
+    repeat: Option<&Repeat>,
+    message: &MessageDef,
+    failure: Failure,
+) -> Result<Reply, Failure> {
+    match (failure, repeat) {
+        (Failure::Repeated, Some(repeat)) => match repeats::answered(shared, repeat, message).await? {
+            Some(reply) => Ok(reply),
+            // Collected in between: ask from the beginning.
+            None => Err(Failure::NotLeader),
+        },
+        // Refused because of what the other one has begun?
+        (Failure::Api(error), Some(repeat)) if !repeat.is_recorded() => {
+            repeats::answered(shared, repeat, message).await?.ok_or(Failure::Api(error))
+        }
+        (failure, _) => Err(failure),
+    }
 }
 
 /// Runs a message's function, whatever kind it is.
@@ -131,7 +174,8 @@ pub(crate) async fn answer(call: &Call, handler: Option<api::Handler>, values: V
 /// A lead lost after something was committed cannot be made good by asking elsewhere.
 fn settle(call: &Call, failure: Failure) -> Failure {
     match failure {
-        Failure::NotLeader if call.wrote() => Failure::Api(Failure::NotLeader.into_api()),
+        // With a key it can: the answer is found there.
+        Failure::NotLeader if call.wrote() && call.repeat.is_none() => Failure::Api(Failure::NotLeader.into_api()),
         other => other,
     }
 }
@@ -144,7 +188,7 @@ fn check_session(shared: &Shared, state: &State, text: &str) -> Result<Arc<Row>,
     Ok(row)
 }
 
-fn check_role(session: &Row, message: &MessageDef) -> Result<(), Failure> {
+pub(crate) fn check_role(session: &Row, message: &MessageDef) -> Result<(), Failure> {
     let Some(needed) = message.min_role else { return Ok(()) };
     if session.get(fields::session::IS_LOCAL_SUPERUSER) {
         return Ok(());

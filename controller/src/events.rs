@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use datamodel::fields::registration;
 use datamodel::{ClassId, MessageDef, OpaqueRef, Ref, Registration, Session, Value, errors, model};
-use raft_store::{ChangeKind, LogIndex, NewRow, Row, State};
+use raft_store::{ChangeKind, CommitError, LogIndex, NewRow, Row, State};
 
 use crate::call::{Call, Event, EventBatch, Reply};
 use crate::failure::{Failure, Served, refuse};
@@ -242,13 +242,30 @@ async fn unregister(call: &Call, classes: &[String]) -> Served<Reply> {
 }
 
 async fn next_events(call: &Call) -> Served<Vec<Event>> {
-    let row = registration_of(&call.state, call.session).ok_or_else(|| errors::session_not_registered(call.session))?;
-    let classes = row.get(registration::CLASSES);
-    let subscription = Subscription::new(classes.iter().map(String::as_str));
-    let cursor = LogIndex(u64::try_from(row.get(registration::CURSOR)).unwrap_or(0));
-    let (state, events) = wait(call, &subscription, cursor, LONGEST_WAIT).await?;
-    let mut change = call.transaction();
-    change.set(row.typed::<Registration>(), registration::CURSOR, i64::try_from(state.applied.0).unwrap_or(i64::MAX));
-    call.commit(change).await?;
-    Ok(events)
+    loop {
+        let state = call.latest().await?;
+        let row = registration_of(&state, call.session).ok_or_else(|| errors::session_not_registered(call.session))?;
+        let classes = row.get(registration::CLASSES);
+        let subscription = Subscription::new(classes.iter().map(String::as_str));
+        let cursor = LogIndex(u64::try_from(row.get(registration::CURSOR)).unwrap_or(0));
+        let waited = wait(call, &subscription, cursor, LONGEST_WAIT).await;
+        let read = match &waited {
+            Ok((state, _)) => state.applied,
+            // Told once: who has read everything anew goes on from here.
+            Err(Failure::Api(error)) if error.code == errors::EVENTS_LOST => call.latest().await?.applied,
+            Err(failure) => return Err(failure.clone()),
+        };
+        let mut change = call.transaction();
+        change.expect_row(&row).set(
+            row.typed::<Registration>(),
+            registration::CURSOR,
+            i64::try_from(read.0).unwrap_or(i64::MAX),
+        );
+        match call.shared.store.commit(change).await {
+            Ok(_) => return waited.map(|(_, events)| events),
+            // Another reader of the same registration was told these: each event goes to one of them.
+            Err(CommitError::Conflict(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Why a call did not end well: an error of the API, or a lead that went away before anything was done.
 
-use datamodel::{ApiError, errors};
+use datamodel::{Answer, ApiError, ClassKind, errors};
 use raft_store::{CommitError, Conflict, NotLeader};
 
 /// Inside the controller, what a client cannot see is kept apart from what it can.
@@ -10,6 +10,8 @@ pub(crate) enum Failure {
     Api(ApiError),
     /// This node does not lead any more, and nothing was done: the new master can be asked.
     NotLeader,
+    /// The same call, under the same key, was faster: its answer is this one's.
+    Repeated,
 }
 
 impl From<ApiError> for Failure {
@@ -28,6 +30,7 @@ impl From<CommitError> for Failure {
     fn from(error: CommitError) -> Self {
         match error {
             CommitError::NotLeader(_) => Self::NotLeader,
+            CommitError::Conflict(Conflict::Exists(class, _)) if class == Answer::NAME => Self::Repeated,
             CommitError::Conflict(conflict) => Self::Api(conflict_error(&conflict)),
             CommitError::Unknown => Self::Api(errors::internal_error(
                 "the master changed while the call was being committed: it was applied wholly or not at all; look before repeating it",
@@ -42,7 +45,7 @@ impl Failure {
     pub(crate) fn into_api(self) -> ApiError {
         match self {
             Self::Api(error) => error,
-            Self::NotLeader => errors::internal_error("the master changed during the call"),
+            Self::NotLeader | Self::Repeated => errors::internal_error("the master changed during the call"),
         }
     }
 }

@@ -9,6 +9,7 @@ use raft_store::{CommitError, Conflict, Row};
 
 use crate::call::{Call, Reply};
 use crate::failure::{Failure, Served, refuse};
+use crate::repeats::Stage;
 
 pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Served<Reply> {
     let class = call.message.class;
@@ -113,7 +114,7 @@ async fn add_to_map(call: &Call, class: ClassId, field: u16, this: &Value, key: 
         value,
     );
     // The conflict is the check: two clients that add the same key cannot both win.
-    match call.shared.store.commit(change).await {
+    match call.commit_as(change, Stage::Done(Value::Void)).await {
         Ok(_) => Ok(Reply::Value(Value::Void)),
         Err(CommitError::Conflict(Conflict::KeyExists(..))) => Err(duplicate()),
         Err(error) => Err(error.into()),

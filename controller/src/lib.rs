@@ -17,11 +17,15 @@ mod operations;
 pub mod password;
 mod placement;
 mod reconcile;
+mod repeats;
 mod sessions;
 mod tasks;
+#[cfg(test)]
+mod tests;
 
 pub use agent::{Agent, AgentError, Agents};
 pub use call::{Caller, Event, EventBatch, Refusal, Reply, Request, Transport};
 pub use clock::{Clock, SystemClock};
 pub use controller::{Controller, ControllerConfig};
 pub use first_boot::{Guest, InitialMember};
+pub use repeats::OWN_KEY;

@@ -6,21 +6,26 @@
 //! a repetition with the first outcome. A master that finds operations of an earlier epoch repeats their
 //! steps in its own epoch: that either finishes them or learns what became of them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::enums::{VmOperations, VmPowerState};
 use datamodel::fields::{console, host, member, operation, task, vm, vm_metrics};
-use datamodel::{ApiError, ClassKind, Console, Host, Member, Operation, Ref, Task, Value, Vm, VmMetrics, errors};
+use datamodel::{
+    Answer, ApiError, ClassKind, Console, Host, Member, Operation, Ref, Task, Value, Vm, VmMetrics, errors,
+};
 use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 use proto::agent::{DomainSpec, DomainState, PowerState, Step};
 use raft_store::{CommitError, LogIndex, NewRow, Row, State, Transaction};
+use tracing::Instrument;
 
 use crate::agent::AgentError;
 use crate::call::{Call, find};
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
+use crate::repeats::{self, ANSWER, Stage};
 use crate::{lifecycle, placement, tasks};
 
 /// A step that takes longer than this is taken for lost; the agent's answer is then asked for again.
@@ -28,6 +33,8 @@ const STEP_LIMIT: Duration = Duration::from_secs(60);
 /// A guest that was asked to end has this long.
 pub(crate) const CLEAN_LIMIT: Duration = Duration::from_secs(1200);
 const ATTEMPTS: usize = 20;
+/// The parameter of an operation that made its task itself, and so ends it.
+const TASK: &str = "task";
 
 /// What is done to a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +81,8 @@ impl Verb {
     }
 }
 
-/// One operation on one VM, begun by a call.
+/// One operation on one VM, begun by a call. A caller that hangs up or cancels its task stops waiting; what was
+/// written down is still done to its end, or nobody would settle it before the next master.
 pub(crate) async fn run(
     call: &Call,
     vm_ref: Ref<Vm>,
@@ -82,8 +90,20 @@ pub(crate) async fn run(
     verb: Verb,
     on: Option<Ref<Host>>,
 ) -> Served<()> {
-    let (row, host_ref) = begin(call, vm_ref, what, verb, on).await?;
-    finish(&call.shared, &row, verb, host_ref).await
+    let call = call.fork();
+    let work = async move {
+        let whole = async {
+            let (row, host_ref) = begin(&call, vm_ref, what, verb, on).await?;
+            finish(&call.shared, &row, verb, host_ref).await
+        };
+        tokio::select! {
+            outcome = whole => outcome,
+            // The process ends: the operation is the next master's.
+            () = call.shared.shutdown.cancelled() => Err(Failure::NotLeader),
+        }
+    };
+    let ended = tokio::spawn(work.in_current_span()).await;
+    ended.unwrap_or_else(|_| refuse(errors::internal_error("a defect of the server; its log says more")))
 }
 
 /// Checks, and writes the operation down. Retries while others change the same VM.
@@ -130,29 +150,31 @@ async fn begin(
                 .with(operation::TASK, task_ref)
                 .with(operation::EPOCH, i64::try_from(epoch.0).unwrap_or(i64::MAX))
                 .with(operation::STEP, what.as_str().to_owned())
-                .with_value(parameters_field(), own_task(call.task.is_null()))
+                .with(operation::PARAMETERS, parameters(call))
                 .with(operation::CREATED, call.now()),
         );
-        match call.shared.store.commit(change).await {
+        match call.commit_as(change, Stage::Open).await {
             Ok(_) => {
                 let state = call.latest().await?;
                 return Ok((find(&state, reference)?, host_ref));
             }
-            Err(CommitError::Conflict(_)) => {}
+            Err(CommitError::Conflict(conflict)) => {
+                // Met by itself, or by another call? The latter is looked at anew.
+                if let repeated @ Failure::Repeated = CommitError::Conflict(conflict).into() {
+                    return Err(repeated);
+                }
+            }
             Err(error) => return Err(error.into()),
         }
     }
     refuse(errors::other_operation_in_progress("VM", vm_ref, what.as_str(), "OpaqueRef:NULL"))
 }
 
-fn parameters_field() -> u16 {
-    operation::PARAMETERS.index()
-}
-
-/// Whether the operation made its task itself, and so ends it.
-fn own_task(own: bool) -> Value {
-    let entries = own.then(|| (datamodel::Key::from("task"), Value::str("own")));
-    Value::Map(entries.into_iter().collect())
+/// Whether the operation made its task itself, and so ends it; the answer that it closes, if its call may be repeated.
+fn parameters(call: &Call) -> BTreeMap<String, String> {
+    let own = call.task.is_null().then(|| (TASK.to_owned(), "own".to_owned()));
+    let answer = call.repeat.as_ref().map(|repeat| (ANSWER.to_owned(), repeat.reference().to_string()));
+    own.into_iter().chain(answer).collect()
 }
 
 fn place(call: &Call, state: &State, vm_row: &Row, on: Option<Ref<Host>>) -> Served<Ref<Host>> {
@@ -315,14 +337,22 @@ async fn record(
             }
             change.set(vm_ref, vm::ALLOWED_OPERATIONS, after.allowed(vm_row));
         }
-        if row.get(operation::PARAMETERS).contains_key("task") {
+        let parameters = row.get(operation::PARAMETERS);
+        let result = outcome.as_ref().map(|_| &Value::Void).map_err(|failure| failure.clone().into_api());
+        let result = result.as_ref().copied();
+        if let Some(answer) = parameters.get(ANSWER).and_then(|text| text.parse().ok())
+            && let Some(row) = state.row(Ref::<Answer>::from_opaque(answer))
+        {
+            repeats::close(&mut change, row.typed(), result);
+        }
+        if parameters.contains_key(TASK) {
             change.delete(task_ref);
         } else if let Some(task_row) = state.row(task_ref)
             && task_row.get(task::STATUS) == datamodel::enums::TaskStatusType::Pending
-            && !shared.tasks.runs(task_ref)
+            // A call that runs here may try something else.
+            && (result.is_ok() || !shared.tasks.runs(task_ref))
         {
-            let result = outcome.as_ref().map(|_| &Value::Void).map_err(|failure| failure.clone().into_api());
-            tasks::finish(&mut change, task_ref, result.as_ref().copied(), shared.now());
+            tasks::finish(&mut change, task_ref, result, shared.now());
         }
         match shared.store.commit(change).await {
             Ok(_) => return Ok(()),
@@ -438,6 +468,10 @@ pub(crate) async fn adopt(shared: &Arc<Shared>, epoch: LogIndex) {
     if let Err(error) = tasks::fail_orphans(shared, &kept).await {
         tracing::warn!(?error, "tasks of the last master were not settled");
     }
+    let before = i64::try_from(epoch.0).unwrap_or(i64::MAX);
+    if let Err(error) = repeats::fail_orphans(shared, before).await {
+        tracing::warn!(?error, "answers of the last master were not settled");
+    }
     futures::future::join_all(left.iter().map(|row| adopt_one(shared, row))).await;
 }
 
@@ -454,6 +488,8 @@ async fn adopt_one(shared: &Arc<Shared>, row: &Arc<Row>) {
     };
     match ended {
         Ok(()) | Err(Failure::Api(_)) => {}
-        Err(Failure::NotLeader) => tracing::info!(operation = row.uuid(), "left to the next master"),
+        Err(Failure::NotLeader | Failure::Repeated) => {
+            tracing::info!(operation = row.uuid(), "left to the next master")
+        }
     }
 }

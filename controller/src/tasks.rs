@@ -1,14 +1,16 @@
 //! Tasks: what runs behind a reference, and what is left of it when it is over.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::enums::{TaskAllowedOperations, TaskStatusType};
 use datamodel::fields::task;
 use datamodel::{ApiError, Ref, Task, Timestamp, Value, encode, errors};
+use futures::FutureExt;
 use parking_lot::Mutex;
-use raft_store::{NewRow, Transaction};
+use raft_store::{CommitError, NewRow, Transaction};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::Handler;
@@ -16,6 +18,7 @@ use crate::call::{Call, Reply};
 use crate::controller::Shared;
 use crate::dispatch;
 use crate::failure::{Failure, Served, refuse};
+use crate::repeats::Stage;
 
 const KEPT_COMPLETED_SECONDS: i64 = 65 * 60;
 const KEPT_PENDING_SECONDS: i64 = 24 * 3600;
@@ -23,6 +26,7 @@ const KEPT_TASKS: usize = 200;
 const PASS_EVERY: Duration = Duration::from_secs(30);
 /// Calls under way behind tasks; more are refused, so that a flood cannot take the host down.
 const MOST_RUNNING: usize = 1000;
+const SETTLE_AGAIN: Duration = Duration::from_millis(100);
 
 /// Tasks that run in this process, and how to stop them.
 #[derive(Default)]
@@ -109,45 +113,81 @@ pub(crate) async fn start(mut call: Call, handler: Option<Handler>, values: Vec<
     let reference = insert(&call, &mut change, format!("Async.{}", call.message.full_name), String::new());
     change.set(reference, task::ALLOWED_OPERATIONS, vec![TaskAllowedOperations::Cancel]);
     call.shared.tasks.start(reference, call.cancel.clone())?;
-    if let Err(failure) = call.commit(change).await {
+    if let Err(error) = call.commit_as(change, Stage::Done(Value::Ref(reference.opaque()))).await {
         call.shared.tasks.end(reference);
-        return Err(failure);
+        return Err(error.into());
     }
+    // Who repeats the call is told of the task; what comes of it is the task's.
+    call.repeat = None;
     call.task = reference;
     let shared = Arc::clone(&call.shared);
     // Owned by the registry of running tasks, ended by the process's shutdown.
     tokio::spawn(async move {
         let cancel = call.cancel.clone();
         let outcome = tokio::select! {
-            outcome = dispatch::answer(&call, handler, values) => outcome,
+            outcome = guarded(dispatch::answer(&call, handler, values)) => outcome,
             () = cancel.cancelled() => refuse(errors::task_cancelled(reference)),
             () = shared.shutdown.cancelled() => {
                 shared.tasks.end(reference);
                 return;
             }
         };
-        settle(&shared, reference, outcome).await;
+        settle(&call, reference, outcome).await;
         shared.tasks.end(reference);
     });
     Ok(reference)
 }
 
-async fn settle(shared: &Arc<Shared>, reference: Ref<Task>, outcome: Served<Reply>) {
+/// A defect in a function must not leave its task pending for ever.
+pub(crate) async fn guarded(work: impl Future<Output = Served<Reply>>) -> Served<Reply> {
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| {
+        tracing::error!("a call behind a task panicked");
+        refuse(errors::internal_error("a defect of the server; its log says more"))
+    })
+}
+
+/// Records a task's end; tries again for as long as this node leads, since nobody else will.
+async fn settle(call: &Call, reference: Ref<Task>, outcome: Served<Reply>) {
+    let shared = &call.shared;
     let outcome = match outcome {
         Ok(Reply::Value(value)) => Ok(value),
         Ok(_) => Ok(Value::Void),
         // The new master adopts what was under way, and settles the task.
-        Err(Failure::NotLeader) => return,
+        Err(Failure::NotLeader | Failure::Repeated) => return,
         Err(Failure::Api(error)) => Err(error),
     };
     if let Err(error) = &outcome {
         tracing::info!(task = %reference, %error, "task failed");
     }
     let mut change = shared.transaction();
-    change.expect(reference, task::STATUS, TaskStatusType::Pending);
+    match (call.stage(), &outcome) {
+        // It ended with its effect.
+        (Some(Stage::Done(foreseen)), Ok(value)) if foreseen == *value => return,
+        // Cancelled too late.
+        (Some(Stage::Done(_)), Err(error)) if error.code == errors::TASK_CANCELLED => return,
+        // It went on after what looked like its end.
+        (Some(Stage::Done(_)), _) => {}
+        _ => {
+            change.expect(reference, task::STATUS, TaskStatusType::Pending);
+        }
+    }
     finish(&mut change, reference, outcome.as_ref(), shared.now());
-    if let Err(error) = shared.store.commit(change).await {
-        tracing::warn!(task = %reference, %error, "the task's end was not recorded");
+    loop {
+        match shared.store.commit(change.clone()).await {
+            Ok(_) => return,
+            Err(error @ (CommitError::Overloaded | CommitError::Unknown)) if shared.epoch().is_some() => {
+                tracing::debug!(task = %reference, %error, "the task's end is recorded later");
+                tokio::select! {
+                    () = tokio::time::sleep(SETTLE_AGAIN) => {}
+                    () = shared.shutdown.cancelled() => return,
+                }
+            }
+            // Destroyed or ended meanwhile, or left to the next master.
+            Err(error) => {
+                tracing::debug!(task = %reference, %error, "the task's end was not recorded");
+                return;
+            }
+        }
     }
 }
 
@@ -197,7 +237,7 @@ pub(crate) async fn collect(shared: &Arc<Shared>) {
     }
 }
 
-async fn pass(shared: &Arc<Shared>) -> Served<()> {
+pub(crate) async fn pass(shared: &Arc<Shared>) -> Served<()> {
     let state = shared.store.read().await?;
     let now = shared.now();
     let mut change = shared.transaction();

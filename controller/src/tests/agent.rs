@@ -1,0 +1,83 @@
+//! An agent whose steps can be held up, and which does what it is asked.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use proto::agent::agent_event::Event;
+use proto::agent::step::Action;
+use proto::agent::{
+    AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, PowerState, Step, WatchRequest,
+};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::{Agent, AgentError};
+
+const MEMORY: u64 = 16 << 30;
+
+pub(crate) struct Obedient {
+    host: Uuid,
+    open: watch::Sender<bool>,
+    begun: watch::Sender<usize>,
+}
+
+impl Obedient {
+    pub(crate) fn new(host: Uuid) -> Self {
+        Self { host, open: watch::Sender::new(true), begun: watch::Sender::new(0) }
+    }
+
+    /// Steps wait from now on.
+    pub(crate) fn hold(&self) {
+        self.open.send_replace(false);
+    }
+
+    /// Steps that wait go on.
+    pub(crate) fn release(&self) {
+        self.open.send_replace(true);
+    }
+
+    /// Waits until so many steps have been asked for.
+    pub(crate) async fn asked(&self, steps: usize) {
+        let mut begun = self.begun.subscribe();
+        let enough = begun.wait_for(|begun| *begun >= steps);
+        tokio::time::timeout(Duration::from_secs(20), enough).await.expect("no step was asked for").unwrap();
+    }
+}
+
+#[async_trait]
+impl Agent for Obedient {
+    async fn hello(&self, _: HelloRequest) -> Result<HelloReply, AgentError> {
+        let facts = HostFacts {
+            hostname: "host1".into(),
+            memory_total: MEMORY,
+            memory_free: MEMORY,
+            control_domain_memory: 1 << 28,
+            ..HostFacts::default()
+        };
+        Ok(HelloReply { version: 1, host: self.host.to_string(), facts: Some(facts), features: Vec::new() })
+    }
+
+    async fn perform(&self, step: Step, _: Duration) -> Result<DomainState, AgentError> {
+        self.begun.send_modify(|begun| *begun += 1);
+        let mut open = self.open.subscribe();
+        open.wait_for(|open| *open).await.map_err(|error| AgentError::Unknown(error.to_string()))?;
+        let (state, domid) = match step.action {
+            Some(Action::Start(_) | Action::Unpause(_) | Action::Reboot(_)) => (PowerState::Running, 7),
+            Some(Action::Pause(_)) => (PowerState::Paused, 7),
+            _ => (PowerState::Halted, -1),
+        };
+        Ok(DomainState { vm: step.vm, state: state.into(), domid, ..DomainState::default() })
+    }
+
+    async fn watch(&self, _: WatchRequest) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError> {
+        let event = |event| Ok(AgentEvent { event: Some(event) });
+        let all = futures::stream::once(async move { event(Event::All(DomainList { domains: Vec::new() })) });
+        let beats = futures::stream::unfold((), move |()| async move {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            Some((event(Event::Beat(Beat { memory_free: MEMORY, memory_total: MEMORY })), ()))
+        });
+        Ok(all.chain(beats).boxed())
+    }
+}

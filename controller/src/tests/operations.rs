@@ -1,0 +1,55 @@
+//! Whoever stops waiting for an operation does not stop the operation.
+
+use datamodel::enums::VmPowerState;
+use datamodel::fields::vm;
+use datamodel::{ClassKind, Input, Operation, Ref, Task, Vm};
+
+use super::{Pool, caller, reference, text};
+use crate::call::{Request, Transport};
+
+fn start_arguments(this: Ref<Vm>) -> Vec<Input> {
+    vec![text(this.to_string()), Input::Bool(false), Input::Bool(false)]
+}
+
+async fn settled(pool: &Pool, this: Ref<Vm>) {
+    pool.until(|state| {
+        let row = state.row(this).unwrap();
+        row.get(vm::CURRENT_OPERATIONS).is_empty()
+            && row.get(vm::POWER_STATE) == VmPowerState::Running
+            && state.count(Operation::ID) == 0
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_ends_well_though_its_caller_hangs_up() {
+    let pool = Pool::start().await;
+    let this = pool.vm("abandoned").await;
+    pool.agent.hold();
+    let mut params = start_arguments(this);
+    params.insert(0, text(pool.root.clone()));
+    let request = Request { caller: caller(Transport::Tcp), method: "VM.start".into(), params };
+    let controller = pool.controller.clone();
+    let waiting = tokio::spawn(async move { controller.call(request).await });
+    pool.agent.asked(1).await;
+    // What the gateway does when the client's connection ends.
+    waiting.abort();
+    assert!(waiting.await.is_err());
+    pool.agent.release();
+    settled(&pool, this).await;
+    let tasks = pool.store().state().count(Task::ID);
+    assert_eq!(tasks, 0, "the operation's own task goes with it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_task_leaves_no_operation_behind() {
+    let pool = Pool::start().await;
+    let this = pool.vm("cancelled").await;
+    pool.agent.hold();
+    let task = pool.ask("Async.VM.start", start_arguments(this)).await.unwrap();
+    pool.agent.asked(1).await;
+    pool.ask("task.cancel", vec![text(reference(&task).to_string())]).await.unwrap();
+    pool.agent.release();
+    settled(&pool, this).await;
+    assert!(pool.row(Vm::ID, this.opaque()).await.unwrap().get(vm::ALLOWED_OPERATIONS).len() > 1);
+}
