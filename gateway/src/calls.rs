@@ -6,29 +6,39 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use controller::{Caller, Controller, Event, EventBatch, Refusal, Reply, Request};
+use controller::{Caller, Controller, Event, EventBatch, OWN_KEY, Refusal, Reply, Request};
 use datamodel::{ApiError, Value, encode, errors, model};
 use futures::FutureExt;
+use raft_store::Member;
 use tracing::Instrument;
 
-use crate::forward::ForwardClient;
+use crate::forward::{ForwardClient, Lost};
 use crate::{jsonrpc, xmlrpc};
 
 /// A call that cannot be sent on waits this long for a master that can be reached.
 const PATIENCE: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(25);
+/// A master that has just been replaced may still answer what it did before.
+const LAST_WORD: Duration = Duration::from_millis(250);
 
 /// Who answers calls.
 #[async_trait]
 pub trait Calls: Send + Sync + 'static {
     /// Answers a call, or says who can.
     async fn call(&self, request: Request) -> Result<Reply, Refusal>;
+
+    /// Waits until another than that member is the master.
+    async fn replaced(&self, member: &Member);
 }
 
 #[async_trait]
 impl Calls for Controller {
     async fn call(&self, request: Request) -> Result<Reply, Refusal> {
         Self::call(self, request).await
+    }
+
+    async fn replaced(&self, member: &Member) {
+        Self::replaced(self, member).await;
     }
 }
 
@@ -126,7 +136,7 @@ pub(crate) enum Envelope {
 
 impl Server {
     /// Answers a body, here or at the member that can.
-    pub(crate) async fn answer(&self, protocol: Protocol, body: Bytes, caller: &Caller) -> Answer {
+    pub(crate) async fn answer(&self, protocol: Protocol, body: Bytes, mut caller: Caller) -> Answer {
         // While the lead moves, members name a master that is gone already: looking again is safe as long as the
         // call was not sent.
         let mut deadline = tokio::time::Instant::now() + PATIENCE;
@@ -147,7 +157,10 @@ impl Server {
                     return Answer::malformed(&reason);
                 }
             };
-            let repeatable = only_reads(&method);
+            let effect = Effect::of(&method);
+            if effect == Effect::Long {
+                recognise(&mut caller);
+            }
             let span = tracing::info_span!("call", message = %method, peer = ?caller.peer);
             let request = Request { caller: caller.clone(), method, params };
             let call = AssertUnwindSafe(self.calls.call(request).instrument(span)).catch_unwind();
@@ -159,9 +172,12 @@ impl Server {
                 }
                 Ok(Err(Refusal::Api(error))) => return fail(&envelope, &error),
                 Ok(Err(Refusal::Forward(member))) => {
-                    match self.forward.send(&member, protocol, body.clone(), caller).await {
+                    if effect == Effect::Short {
+                        recognise(&mut caller);
+                    }
+                    match self.send(&member, protocol, body.clone(), &caller).await {
                         Ok(answer) => return answer,
-                        Err(crate::forward::Lost::NotSent(reason)) => {
+                        Err(Lost::NotSent(reason)) => {
                             tracing::debug!(
                                 member = member.node_id,
                                 reason,
@@ -169,11 +185,12 @@ impl Server {
                             );
                             tokio::time::sleep(LOOK_AGAIN).await;
                         }
-                        Err(crate::forward::Lost::Unknown(reason)) if repeatable => {
-                            tracing::debug!(member = member.node_id, reason, "a read was lost; reading again");
+                        // A read, or a call that the next master knows again.
+                        Err(Lost::Unknown(reason)) if effect != Effect::Unknowable => {
+                            tracing::debug!(member = member.node_id, reason, "an answer was lost; asking again");
                             tokio::time::sleep(LOOK_AGAIN).await;
                         }
-                        Err(crate::forward::Lost::Unknown(reason)) => {
+                        Err(Lost::Unknown(reason)) => {
                             tracing::warn!(member = member.node_id, reason, "the master's answer is lost");
                             let lost = "the master was lost during the call: it was done wholly or not at all; look before repeating it";
                             return fail(&envelope, &errors::internal_error(lost));
@@ -203,11 +220,57 @@ impl Server {
     }
 }
 
-/// Whether a call changes nothing, so that it may be made again when its answer was lost.
-fn only_reads(method: &str) -> bool {
-    model().message(method).is_some_and(|message| {
-        message.full_name == "event.from" || (message.name.starts_with("get_") && message.takes_session)
-    })
+impl Server {
+    /// Sends a call on. A master that is stopped, or that went without a word, does not hold the caller longer than
+    /// until there is another one.
+    async fn send(&self, member: &Member, protocol: Protocol, body: Bytes, caller: &Caller) -> Result<Answer, Lost> {
+        let replaced = async {
+            self.calls.replaced(member).await;
+            // It may be about to answer.
+            tokio::time::sleep(LAST_WORD).await;
+        };
+        tokio::select! {
+            answer = self.forward.send(member, protocol, body, caller) => answer,
+            () = replaced => Err(Lost::Unknown("another host is the master now".into())),
+        }
+    }
+}
+
+/// What asking twice would do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Effect {
+    /// Nothing: it reads.
+    None,
+    /// One transaction. Whoever commits it is told what became of it, so that it needs a key only to be sent on.
+    Short,
+    /// More than that, and a master may be lost in the middle of it: it is always given a key.
+    Long,
+    /// It has no session under which it could be known again.
+    Unknowable,
+}
+
+impl Effect {
+    fn of(method: &str) -> Self {
+        let plain = method.strip_prefix("Async.").or_else(|| method.strip_prefix("InternalAsync."));
+        let Some(message) = model().message(plain.unwrap_or(method)) else { return Self::Unknowable };
+        let class = message.class.def().name;
+        if plain.is_none()
+            && (message.full_name == "event.from" || (message.name.starts_with("get_") && message.takes_session))
+        {
+            return Self::None;
+        }
+        if !message.takes_session || class == "session" || class == "event" {
+            return Self::Unknowable;
+        }
+        if plain.is_none() && message.implicit.is_some() { Self::Short } else { Self::Long }
+    }
+}
+
+/// Gives a call a key, if its client did not: asked again, it is known again.
+fn recognise(caller: &mut Caller) {
+    if caller.idempotency_key.is_none() {
+        caller.idempotency_key = Some(format!("{OWN_KEY}{}", uuid::Uuid::new_v4().simple()));
+    }
 }
 
 fn answer(envelope: &Envelope, body: Body) -> Answer {

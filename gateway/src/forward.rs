@@ -153,7 +153,7 @@ impl Forward for Receiver {
             forwarded: true,
             idempotency_key: Some(call.idempotency_key).filter(|key| !key.is_empty()),
         };
-        let answer = self.server.answer(protocol, call.body, &caller).await;
+        let answer = self.server.answer(protocol, call.body, caller).await;
         if answer.status == MISDIRECTED {
             return Err(Status::failed_precondition("this member is not the master"));
         }

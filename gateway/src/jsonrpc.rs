@@ -95,3 +95,70 @@ pub(crate) fn failure_2(error: &ApiError, id: &Id, out: &mut Vec<u8>) {
     id.write_to(out);
     out.push(b'}');
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn envelope(body: &str) -> Envelope {
+        match decode(body.as_bytes()) {
+            Ok(Decoded::Call { envelope, .. }) => envelope,
+            Ok(Decoded::Refused(error, _)) => panic!("{error}"),
+            Err(reason) => panic!("{body}: {reason}"),
+        }
+    }
+
+    #[test]
+    fn both_versions_are_told_apart_and_ids_are_kept_as_they_came() {
+        assert!(matches!(envelope(r#"{"method":"a","params":[],"id":7}"#), Envelope::Json1(Id::Number(7))));
+        assert!(
+            matches!(envelope(r#"{"jsonrpc":"2.0","method":"a","id":"x"}"#), Envelope::Json2(Id::Text(id)) if id == "x")
+        );
+        assert!(matches!(
+            envelope(r#"{"jsonrpc":"2.0","method":"a","params":null,"id":0}"#),
+            Envelope::Json2(Id::Number(0))
+        ));
+    }
+
+    #[test]
+    fn what_is_not_served_is_refused() {
+        let deep = format!(r#"{{"jsonrpc":"2.0","id":1,"method":"a","params":{}"#, "[".repeat(100_000));
+        for body in [
+            "",
+            "[]",
+            "7",
+            r#"[{"jsonrpc":"2.0","method":"a","id":1}]"#,
+            r#"{"jsonrpc":"2.0","method":"a","id":null}"#,
+            r#"{"jsonrpc":"2.0","method":"a"}"#,
+            r#"{"jsonrpc":"2.0","method":"a","id":1.5}"#,
+            r#"{"jsonrpc":"1.1","method":"a","id":1}"#,
+            r#"{"method":"a","id":1}"#,
+            r#"{"jsonrpc":"2.0","id":1,"params":[]}"#,
+            &deep,
+        ] {
+            assert!(decode(body.as_bytes()).is_err(), "{body:.80}");
+        }
+    }
+
+    #[test]
+    fn failures_have_the_forms_that_clients_parse() {
+        let error = ApiError::new("CODE", vec!["a\"b".to_owned()]);
+        let mut out = Vec::new();
+        failure_2(&error, &Id::Number(3), &mut out);
+        assert_eq!(out, br#"{"jsonrpc":"2.0","error":{"code":1,"message":"CODE","data":["a\"b"]},"id":3}"#);
+        out.clear();
+        failure_1(&error, &Id::Text("i".into()), &mut out);
+        assert_eq!(out, br#"{"result":null,"error":["CODE","a\"b"],"id":"i"}"#);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = decode(&bytes);
+        }
+    }
+}

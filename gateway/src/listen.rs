@@ -67,7 +67,7 @@ pub struct Gateway {
 
 const HEADER_LIMIT: Duration = Duration::from_secs(60);
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-const LARGEST_HEAD: usize = 16 << 10;
+const LARGEST_HEAD: usize = 64 << 10;
 /// Calls that are under way when the end comes have this long.
 const GRACE: Duration = Duration::from_secs(3);
 
@@ -198,7 +198,7 @@ async fn connection(shared: Shared, stream: impl AsyncRead + AsyncWrite + Unpin 
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_LIMIT)
-        .max_buf_size(LARGEST_HEAD.max(64 << 10))
+        .max_buf_size(LARGEST_HEAD)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     tokio::select! {

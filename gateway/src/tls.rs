@@ -80,14 +80,23 @@ impl TlsFiles {
     }
 }
 
+/// Whole or not at all: a start that is cut off leaves nothing half-written that would stop the next one.
 fn write(path: &Path, text: &str, mode: u32) -> Result<(), TlsError> {
     use std::io::Write as _;
-    use std::os::unix::fs::OpenOptionsExt as _;
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
     let failed = |source| TlsError::File { path: path.to_owned(), source };
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(failed)?;
     }
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path).map_err(failed)?;
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let put = || {
+        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&new)?;
+        // The mode above is that of a new file only.
+        file.set_permissions(std::fs::Permissions::from_mode(mode))?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&new, path)
+    };
+    put().map_err(failed)
 }

@@ -271,3 +271,83 @@ pub(crate) fn failure(error: &ApiError, out: &mut Vec<u8>) {
     out.extend_from_slice(b"</data></array></value></member></struct></value>");
     out.extend_from_slice(TAIL);
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn param(value: &str) -> Result<Input, String> {
+        let body = format!(
+            "<?xml version=\"1.0\"?><methodCall><methodName>a.b</methodName><params><param>{value}</param></params></methodCall>"
+        );
+        match decode(body.as_bytes())? {
+            Decoded::Call { mut params, .. } => Ok(params.remove(0)),
+            Decoded::Refused(error, _) => Err(error.to_string()),
+        }
+    }
+
+    #[test]
+    fn every_type_that_clients_send_is_read() {
+        let text = |text: &str| Input::Str(text.to_owned());
+        for (value, wanted) in [
+            ("<value> bare &lt;text&gt; </value>", text(" bare <text> ")),
+            ("<value/>", text("")),
+            ("<value></value>", text("")),
+            ("<value> <string>a&#x41;&#66;</string> </value>", text("aAB")),
+            ("<value><string/></value>", text("")),
+            ("<value><![CDATA[<x>]]></value>", text("<x>")),
+            ("<value><int>-7</int></value>", Input::Int(-7)),
+            ("<value><i4>7</i4></value>", Input::Int(7)),
+            ("<value><i8>9223372036854775807</i8></value>", Input::Int(i64::MAX)),
+            ("<value><boolean>1</boolean></value>", Input::Bool(true)),
+            ("<value><boolean>true</boolean></value>", Input::Bool(false)),
+            ("<value><double>5.0</double></value>", Input::Float(5.0)),
+            ("<value><nil/></value>", Input::Nil),
+            ("<value><array><data/></array></value>", Input::Array(vec![])),
+            ("<value><array><data><value>a</value></data></array></value>", Input::Array(vec![text("a")])),
+            ("<value><struct/></value>", Input::Struct(vec![])),
+            (
+                "<value><struct><member><name>k</name><value>v</value></member></struct></value>",
+                Input::Struct(vec![("k".to_owned(), text("v"))]),
+            ),
+        ] {
+            assert_eq!(param(value), Ok(wanted), "{value}");
+        }
+    }
+
+    #[test]
+    fn what_is_malformed_or_hostile_is_refused() {
+        let deep = format!("{}x{}", "<value><array><data>".repeat(100), "</data></array></value>".repeat(100));
+        for value in [
+            "<value><int>x</int></value>",
+            "<value><int/></value>",
+            "<value><i4>1</i8></value>",
+            "<value>&bomb;</value>",
+            "<other/>",
+            &deep,
+        ] {
+            assert!(param(value).is_err(), "{value}");
+        }
+        let bomb = "<!DOCTYPE a [<!ENTITY b \"bbbb\">]><methodCall><methodName>a</methodName><params/></methodCall>";
+        for body in ["", "x", "<methodCall>", "<methodCall><methodName>a</methodName></methodCall>", bomb] {
+            assert!(decode(body.as_bytes()).is_err(), "{body}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = decode(&bytes);
+        }
+
+        #[test]
+        fn no_cut_of_a_good_call_makes_the_reader_panic(cut in 0_usize..120) {
+            let good = b"<methodCall><methodName>a</methodName><params><param><value><i4>1</i4></value></param></params></methodCall>";
+            let _ = decode(&good[..cut.min(good.len())]);
+        }
+    }
+}

@@ -43,7 +43,12 @@ fn caller(origin: &Origin, headers: &HeaderMap) -> Caller {
         user_agent: text(headers, "user-agent"),
         originator: text(headers, "originator"),
         forwarded: false,
-        idempotency_key: headers.get("idempotency-key").and_then(|value| value.to_str().ok()).map(str::to_owned),
+        // The host's own keys are nobody else's.
+        idempotency_key: headers
+            .get("idempotency-key")
+            .and_then(|value| value.to_str().ok())
+            .filter(|key| !key.is_empty() && !key.starts_with(controller::OWN_KEY))
+            .map(str::to_owned),
     }
 }
 
@@ -75,7 +80,7 @@ async fn call(site: &Site, origin: &Origin, request: Request<Incoming>, protocol
         Ok(Err(error)) => return respond(Answer::malformed(&format!("the body cannot be read: {error}")), true),
         Err(_) => return respond(Answer::malformed("the body did not arrive in time"), true),
     };
-    let answer = site.server.answer(protocol, bytes, &caller(origin, &head.headers)).await;
+    let answer = site.server.answer(protocol, bytes, caller(origin, &head.headers)).await;
     let close = answer.status != 200;
     let mut response = respond(answer, close);
     if head.version == Version::HTTP_10
