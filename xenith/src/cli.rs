@@ -137,6 +137,10 @@ pub struct Up {
     /// Number of hosts [default: 3]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub hosts: Option<u8>,
+    /// Hosts that run a controller and keep the pool's state; the others run their agent alone, so that a large pool fits
+    /// on one machine [default: all, at most 7]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=7))]
+    pub replicas: Option<u8>,
     /// What runs the guests [default: qemu]
     #[arg(long)]
     pub driver: Option<Driver>,

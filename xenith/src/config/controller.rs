@@ -109,6 +109,13 @@ pub struct Member {
     pub peer_address: SocketAddr,
     /// Where its agent listens.
     pub agent_address: SocketAddr,
+    /// Whether it keeps the pool's state and votes. A host without a copy runs its agent alone.
+    #[serde(default = "yes")]
+    pub replica: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// `[raft]`: timings of consensus. The defaults give a new master well within a second on a machine whose disk

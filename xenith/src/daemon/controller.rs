@@ -65,7 +65,7 @@ async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::R
     let calls: Arc<dyn Calls> = Arc::new(controller.clone());
     let mut peers = listen_to_peers(&config, &tls, &store, Arc::clone(&calls))?;
     if let Some(founding) = config.founding.as_ref().filter(|founding| founding.initialize) {
-        let members: Vec<_> = founding.members.iter().map(store_member).collect();
+        let members: Vec<_> = founding.members.iter().filter(|member| member.replica).map(store_member).collect();
         store.initialize(&members).await.context("cannot start consensus")?;
     }
     let gateway = Gateway::start(gateway_config(&config), calls, ForwardClient::new(tls), stopping.clone()).await?;

@@ -106,6 +106,7 @@ fn member(plan: &Plan, host: &Host) -> Member {
         api_address: host.address.into(),
         peer_address: plan.peer(host),
         agent_address: plan.agent(host),
+        replica: host.replica,
     }
 }
 

@@ -13,6 +13,8 @@ const VERSION: u32 = 1;
 /// Peers and agents listen on the ports after the API's.
 const PEER_PORT: u16 = 1;
 const AGENT_PORT: u16 = 2;
+/// As many as may vote.
+const MOST_REPLICAS: u8 = 7;
 
 /// The whole lab.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
@@ -41,6 +43,13 @@ pub struct Host {
     pub node_id: u64,
     /// Its own loopback address.
     pub address: Ipv4Addr,
+    /// Whether it runs a controller, with a copy of the pool's state.
+    #[serde(default = "yes")]
+    pub replica: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl Plan {
@@ -48,6 +57,7 @@ impl Plan {
     fn new(flags: &Up) -> anyhow::Result<Self> {
         let base = flags.base.unwrap_or(Ipv4Addr::new(127, 0, 71, 1));
         let count = flags.hosts.unwrap_or(3);
+        let replicas = flags.replicas.unwrap_or(MOST_REPLICAS);
         let hosts = (0..count).map(|position| {
             let address =
                 Ipv4Addr::from(u32::from(base).checked_add(position.into()).context("--base leaves no room")?);
@@ -61,6 +71,7 @@ impl Plan {
                 uuid: Uuid::new_v4(),
                 node_id: u64::from(position) + 1,
                 address,
+                replica: position < replicas,
             })
         });
         Ok(Self {
@@ -103,6 +114,8 @@ impl Plan {
             }
         };
         compare("--hosts", flags.hosts.map(|count| count.to_string()), plan.hosts.len().to_string());
+        let replicas = plan.hosts.iter().filter(|host| host.replica).count();
+        compare("--replicas", flags.replicas.map(|count| count.to_string()), replicas.to_string());
         compare("--driver", flags.driver.map(|driver| driver.name().into()), plan.driver.name().into());
         compare(
             "--base",

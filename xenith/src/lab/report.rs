@@ -82,6 +82,7 @@ fn host_report(layout: &Layout, plan: &Plan, host: &super::plan::Host) -> HostRe
     let state = match (present.len(), stopped) {
         (0, _) => HostState::Dead,
         (2, 0) => HostState::Running,
+        (1, 0) if !host.replica => HostState::Running,
         (present, stopped) if present == stopped => HostState::Paused,
         _ => HostState::Partial,
     };

@@ -43,7 +43,7 @@ fn dead<'a>(layout: &Layout, host: &'a Host, what: What) -> Vec<(Daemon, &'a Hos
     if what != What::Controller && daemon(Daemon::Agent, &place.agent_config()).is_none() {
         dead.push((Daemon::Agent, host));
     }
-    if what != What::Agent && daemon(Daemon::Controller, &place.controller_config()).is_none() {
+    if what != What::Agent && host.replica && daemon(Daemon::Controller, &place.controller_config()).is_none() {
         dead.push((Daemon::Controller, host));
     }
     dead
@@ -96,7 +96,7 @@ pub fn wait_until_listening(
     wait(limit, &format!("{} to answer", host.name), || {
         must_live(&place, host, what)?;
         let agent = what == What::Controller || connects(plan.agent(host));
-        let controller = what == What::Agent || (connects(plan.api(host)) && socket.is_served());
+        let controller = what == What::Agent || !host.replica || (connects(plan.api(host)) && socket.is_served());
         Ok(agent && controller)
     })
 }
@@ -115,7 +115,7 @@ pub fn wait_until_serving(layout: &Layout, plan: &Plan, limit: Duration) -> anyh
         for host in &plan.hosts {
             must_live(&layout.host(&host.name), host, What::Host)?;
         }
-        if let Some(host) = plan.hosts.iter().find(|host| !connects(plan.api(host))) {
+        if let Some(host) = plan.hosts.iter().find(|host| host.replica && !connects(plan.api(host))) {
             tell(format!("waiting for {} to listen", host.name));
             return Ok(false);
         }
@@ -169,7 +169,7 @@ fn must_live(place: &HostLayout, host: &Host, what: What) -> anyhow::Result<()> 
             tail(&place.agent_log())
         );
     }
-    if what != What::Agent && daemon(Daemon::Controller, &place.controller_config()).is_none() {
+    if what != What::Agent && host.replica && daemon(Daemon::Controller, &place.controller_config()).is_none() {
         bail!(
             "{}: the controller has ended. Its log ({}) ends so:\n{}",
             host.name,
