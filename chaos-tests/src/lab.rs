@@ -152,13 +152,19 @@ impl Lab {
 
     /// The same, of that program and below that directory.
     pub async fn of(program: &Path, parent: &Path, hosts: u8, driver: &str) -> anyhow::Result<Self> {
+        Self::with(program, parent, hosts, driver, &["--wait", "60"]).await
+    }
+
+    /// The same with more flags of `lab up`.
+    pub async fn with(program: &Path, parent: &Path, hosts: u8, driver: &str, more: &[&str]) -> anyhow::Result<Self> {
         let turn = Arc::clone(&TURN).lock_owned().await;
         for attempt in 1.. {
             let dir = tempfile::Builder::new().prefix("xenith-test-").tempdir_in(parent)?;
             let base = next_base();
             let guard = Guard::new(program, dir.path())?;
-            let flags =
-                ["--hosts", &hosts.to_string(), "--driver", driver, "--base", &base.to_string(), "--wait", "60"];
+            let (hosts, base_text) = (hosts.to_string(), base.to_string());
+            let mut flags = vec!["--hosts", &hosts, "--driver", driver, "--base", &base_text];
+            flags.extend(more);
             match run(program, "up", dir.path(), &flags).await {
                 Ok(made) => {
                     return Ok(Self { program: program.to_owned(), dir: Some(dir), base, made, guard, _turn: turn });

@@ -12,6 +12,7 @@ pub mod load;
 pub mod machine;
 pub mod pool;
 pub mod report;
+pub mod scale;
 pub mod wire;
 
 /// The proto3 subset of etcd's API that is needed here.

@@ -33,7 +33,11 @@ pub struct Pool {
 impl Pool {
     /// Starts it, with its data below `parent`.
     pub async fn start(program: &Path, parent: &Path) -> anyhow::Result<Self> {
-        let lab = Lab::of(program, parent, 3, "sim").await?;
+        Self::over(Lab::of(program, parent, 3, "sim").await?).await
+    }
+
+    /// The pool of a lab that is there.
+    pub async fn over(lab: Lab) -> anyhow::Result<Self> {
         let client = lab.client().await?;
         Ok(Self { lab, tls: trust_anyone()?, client, vms: Vec::new() })
     }

@@ -9,6 +9,7 @@ use super::bulk::Bulk;
 use super::events::Delays;
 use super::load::{Rounds, median, quantile};
 use super::machine::Machine;
+use super::scale::Scale;
 
 const BEGIN: &str = "<!-- measured: begin (written by `make bench`) -->";
 const END: &str = "<!-- measured: end -->";
@@ -62,6 +63,8 @@ pub struct Report {
     pub events: Delays,
     /// All records at once.
     pub bulk: Vec<Bulk>,
+    /// The large pool, where it was asked for.
+    pub scale: Option<Scale>,
 }
 
 impl Report {
@@ -131,7 +134,7 @@ impl Report {
             let megabytes = bulk.bytes as f64 / 1e6;
             writeln!(out, "| {} | {megabytes:.1} | {:.1} | {:.0} |", bulk.vms, bulk.milliseconds, bulk.rate())?;
         }
-        Ok(())
+        self.scale.as_ref().map_or(Ok(()), |scale| large(out, scale))
     }
 
     fn failovers(&self, out: &mut String) -> std::fmt::Result {
@@ -155,6 +158,40 @@ impl Report {
         }
         writeln!(out)
     }
+}
+
+fn large(out: &mut String, scale: &Scale) -> std::fmt::Result {
+    let size = &scale.size;
+    writeln!(
+        out,
+        "\n## A large pool\n\n{} hosts with an agent each, {} VMs; three hosts keep the state (so many controllers on \
+         this machine would measure its scheduler). {:.0} s for each measurement.\n",
+        size.hosts, size.vms, size.seconds
+    )?;
+    writeln!(out, "| | |\n| --- | ---: |")?;
+    let read = &scale.read;
+    let ratio = scale.writes_beside_reads.latency(0.99) / scale.writes.latency(0.99);
+    let rows: [(&str, String); 12] = [
+        ("VMs made per second (`VM.clone`, 16 clients)", format!("{:.0}", scale.making)),
+        ("memory per VM at the master, before it is read, KiB", format!("{:.1}", scale.bytes_per_vm / 1024.0)),
+        ("JSON of a VM, KiB", format!("{:.1}", scale.encoding / 1024.0)),
+        ("first `VM.get_all_records`, ms", format!("{:.0}", scale.first_read)),
+        ("later ones, ms (median)", format!("{:.0}", read.milliseconds)),
+        ("… MB/s", format!("{:.0}", read.rate())),
+        ("writes per second, 64 clients", format!("{:.0}", scale.writes.rate())),
+        ("… p99, ms", format!("{:.1}", scale.writes.latency(0.99))),
+        ("… p99 while another client reads all records again and again", format!("{ratio:.1} times that")),
+        ("changes per second while watched", format!("{:.0}", scale.changed)),
+        (
+            "from a write's start to its event, ms (p50 / p99)",
+            format!("{:.1} / {:.1}", scale.event(0.5), scale.event(0.99)),
+        ),
+        ("a host's controller starts from its disk and serves, s", format!("{:.1}", scale.restart)),
+    ];
+    for (name, value) in rows {
+        writeln!(out, "| {name} | {value} |")?;
+    }
+    writeln!(out, "\n{} watchers follow every VM in `event.from` meanwhile.", size.watchers)
 }
 
 fn loads(out: &mut String, loads: &[Load]) -> std::fmt::Result {
@@ -181,6 +218,14 @@ fn loads(out: &mut String, loads: &[Load]) -> std::fmt::Result {
         writeln!(out, "|")?;
     }
     writeln!(out)
+}
+
+/// The large pool's part alone.
+pub fn alone(scale: &Scale) -> String {
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    let _ = large(&mut text, scale);
+    text
 }
 
 /// Puts the text between the document's marks; what people wrote around them stays.

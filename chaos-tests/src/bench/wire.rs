@@ -26,6 +26,7 @@ pub struct Wire<S = TlsStream<TcpStream>> {
     start: usize,
     end: usize,
     kept: Vec<u8>,
+    keep: usize,
 }
 
 /// How an answer's body is cut.
@@ -59,7 +60,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     /// A connection over this stream.
     pub fn over(stream: S, host: &str) -> Self {
         let head = format!("POST /jsonrpc HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n");
-        Self { stream, head, out: Vec::new(), buffer: vec![0; BUFFER], start: 0, end: 0, kept: Vec::new() }
+        Self { stream, head, out: Vec::new(), buffer: vec![0; BUFFER], start: 0, end: 0, kept: Vec::new(), keep: KEPT }
+    }
+
+    /// Keeps so many bytes of each body.
+    #[must_use]
+    pub fn keeping(self, bytes: usize) -> Self {
+        Self { keep: bytes, ..self }
     }
 
     /// Sends one body and reads the answer to its end.
@@ -113,7 +120,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
                 self.fill().await?;
             }
             let now = missing.min(self.end - self.start);
-            let kept = now.min(KEPT.saturating_sub(self.kept.len()));
+            let kept = now.min(self.keep.saturating_sub(self.kept.len()));
             self.kept.extend_from_slice(&self.buffer[self.start..self.start + kept]);
             self.start += now;
             missing -= now;

@@ -8,7 +8,8 @@ use chaos_tests::bench::etcd::{self, Etcd};
 use chaos_tests::bench::load::{Rounds, round};
 use chaos_tests::bench::machine::Machine;
 use chaos_tests::bench::pool::Pool;
-use chaos_tests::bench::report::{Load, Report, Run, put_into};
+use chaos_tests::bench::report::{self, Load, Report, Run, put_into};
+use chaos_tests::bench::scale::{self, Size};
 use chaos_tests::bench::{events, failover};
 use clap::Parser;
 use tokio::process::Command;
@@ -40,6 +41,12 @@ struct Flags {
     /// Leaders to kill [default: 20]
     #[arg(long)]
     failovers: Option<u64>,
+    /// Measure the large pool alone
+    #[arg(long)]
+    only_scale: bool,
+    /// Leave the large pool out
+    #[arg(long, conflicts_with = "only_scale")]
+    no_scale: bool,
     /// A short slice of everything, to see that it works
     #[arg(long)]
     quick: bool,
@@ -70,6 +77,14 @@ async fn main() -> anyhow::Result<()> {
         eprintln!("without etcd: it is not installed, or not wanted");
     }
 
+    let size = if flags.quick {
+        Size { hosts: 8, vms: 2_000, watchers: 20, changes: 200, seconds: 1.0 }
+    } else {
+        Size { hosts: 64, vms: 64_000, watchers: 200, changes: 1_000, seconds: 10.0 }
+    };
+    if flags.only_scale {
+        return print(&report::alone(&scale::measure(&program, &flags.dir, size).await?));
+    }
     eprintln!("starting the peers in {}", flags.dir.display());
     let mut pool = Pool::start(&program, &flags.dir).await?;
     let mut peer = match &etcd_program {
@@ -102,8 +117,10 @@ async fn main() -> anyhow::Result<()> {
         all.push(bulk::measure(&mut pool, vms, if flags.quick { 3 } else { 15 }).await?);
     }
     drop(pool);
+    let large = if flags.no_scale { None } else { Some(scale::measure(&program, &flags.dir, size).await?) };
 
-    let report = Report { machine, run, writes, reads, pool_failovers, etcd_failovers, events: heard, bulk: all };
+    let report =
+        Report { machine, run, writes, reads, pool_failovers, etcd_failovers, events: heard, bulk: all, scale: large };
     let text = report.markdown();
     print(&text)?;
     match &flags.write {

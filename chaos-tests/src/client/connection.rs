@@ -168,8 +168,21 @@ impl Connection {
 
     /// One JSON-RPC 2.0 call, exactly as it stands: no session is added.
     pub async fn call(&mut self, method: &str, params: &Value, limit: Duration) -> Result<Value, CallError> {
+        self.call_with_key(method, params, None, limit).await
+    }
+
+    /// The same, with an `Idempotency-Key`.
+    pub async fn call_with_key(
+        &mut self,
+        method: &str,
+        params: &Value,
+        key: Option<&str>,
+        limit: Duration,
+    ) -> Result<Value, CallError> {
         let body = json!({"jsonrpc": "2.0", "id": 7, "method": method, "params": params}).to_string();
-        let answer = self.post("/jsonrpc", "application/json", body, limit).await?;
+        let mut headers = vec![("content-type", "application/json")];
+        headers.extend(key.map(|key| ("idempotency-key", key)));
+        let answer = self.request(Method::POST, "/jsonrpc", &headers, body, limit).await?;
         let malformed = |what: String| CallError::Malformed { at: self.endpoint.to_string(), what };
         let shown = || String::from_utf8_lossy(&answer.body).chars().take(400).collect::<String>();
         if answer.status != StatusCode::OK {

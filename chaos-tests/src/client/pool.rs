@@ -35,12 +35,13 @@ pub struct Client {
     session: Option<String>,
     credentials: Credentials,
     call_limit: Duration,
+    key: Option<String>,
 }
 
 impl Client {
     /// A client that will try the first of these hosts first. It connects when it has something to say.
     pub fn new(endpoints: Vec<Endpoint>, credentials: Credentials) -> Self {
-        Self { endpoints, current: 0, connection: None, session: None, credentials, call_limit: CALL_LIMIT }
+        Self { endpoints, current: 0, connection: None, session: None, credentials, call_limit: CALL_LIMIT, key: None }
     }
 
     /// The same, logged in, wherever that led.
@@ -72,6 +73,11 @@ impl Client {
     /// Goes on in this session.
     pub fn set_session(&mut self, session: &str) {
         self.session = Some(session.to_owned());
+    }
+
+    /// Sends this `Idempotency-Key` with every call from now on.
+    pub fn set_key(&mut self, key: &str) {
+        self.key = Some(key.to_owned());
     }
 
     /// Whom it talks to now.
@@ -129,7 +135,7 @@ impl Client {
 
     /// One call with no session added and nobody followed.
     pub async fn plain(&mut self, method: &str, params: &Value) -> Result<Value, CallError> {
-        let limit = self.call_limit;
+        let (limit, key) = (self.call_limit, self.key.clone());
         let connection = match self.connection.take().filter(|open| !open.is_closed()) {
             Some(open) => self.connection.insert(open),
             None => {
@@ -137,7 +143,7 @@ impl Client {
                 self.connection.insert(opened)
             }
         };
-        let result = connection.call(method, params, limit).await;
+        let result = connection.call_with_key(method, params, key.as_deref(), limit).await;
         if matches!(result, Err(CallError::Lost { .. } | CallError::Late { .. } | CallError::Malformed { .. })) {
             self.connection = None;
         }
