@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use openraft::entry::RaftEntry;
 use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
-use openraft::{LogState, OptionalSend};
+use openraft::{EntryPayload, LogState, OptionalSend};
 use parking_lot::RwLock;
 use tokio::sync::oneshot;
 
@@ -18,6 +18,8 @@ use crate::types::{Config, Entry, LogId, Vote};
 
 /// So many of the newest entries stay in memory: what is applied and sent to peers is read from here.
 const CACHED: usize = 8192;
+/// … as long as their encodings have no more bytes than this: an entry may hold hundreds of large objects.
+const CACHED_BYTES: usize = 8 << 20;
 
 /// The log.
 #[derive(Clone)]
@@ -30,11 +32,40 @@ pub(crate) struct LogStore {
 #[derive(Default)]
 struct Recent {
     entries: BTreeMap<u64, Entry>,
+    bytes: usize,
     /// Entries beyond this one may not be on disk yet.
     flushed: u64,
     vote: Option<Vote>,
     purged: Option<LogId>,
     last: Option<LogId>,
+}
+
+fn bytes(entry: &Entry) -> usize {
+    if let EntryPayload::Normal(batch) = &entry.payload { batch.encoded.len() } else { 0 }
+}
+
+impl Recent {
+    fn insert(&mut self, entry: Entry) {
+        self.bytes += bytes(&entry);
+        if let Some(replaced) = self.entries.insert(entry.index(), entry) {
+            self.bytes -= bytes(&replaced);
+        }
+    }
+
+    /// Lets go of what is on disk and more than may be kept. The newest entry stays.
+    fn trim(&mut self) {
+        while (self.entries.len() > CACHED || self.bytes > CACHED_BYTES)
+            && self.entries.len() > 1
+            && let Some(oldest) = self.entries.first_entry()
+            && *oldest.key() <= self.flushed
+        {
+            self.bytes -= bytes(&oldest.remove());
+        }
+    }
+
+    fn recount(&mut self) {
+        self.bytes = self.entries.values().map(bytes).sum();
+    }
 }
 
 impl LogStore {
@@ -47,6 +78,7 @@ impl LogStore {
             purged,
             last,
             entries: BTreeMap::new(),
+            bytes: 0,
         };
         Ok(Self { disk, writer, recent: Arc::new(RwLock::new(recent)) })
     }
@@ -130,15 +162,10 @@ impl RaftLogStorage<Config> for LogStore {
             for entry in entries {
                 let id = entry.log_id();
                 records.push((id.index(), record::entry_to_bytes(&entry)));
-                recent.entries.insert(id.index(), entry);
+                recent.insert(entry);
                 recent.last = Some(id);
             }
-            while recent.entries.len() > CACHED
-                && let Some((oldest, _)) = recent.entries.first_key_value()
-                && *oldest <= recent.flushed
-            {
-                recent.entries.pop_first();
-            }
+            recent.trim();
         }
         let last = records.last().map(|(index, _)| *index);
         let recent = Arc::clone(&self.recent);
@@ -157,6 +184,7 @@ impl RaftLogStorage<Config> for LogStore {
             let mut recent = self.recent.write();
             let from = last.map_or(0, |last| last.saturating_add(1));
             recent.entries.split_off(&from);
+            recent.recount();
             recent.flushed = recent.flushed.min(from.saturating_sub(1));
             recent.last = last_log_id.or(recent.purged);
         }
@@ -167,6 +195,7 @@ impl RaftLogStorage<Config> for LogStore {
         {
             let mut recent = self.recent.write();
             recent.entries = recent.entries.split_off(&log_id.index().saturating_add(1));
+            recent.recount();
             recent.purged = Some(log_id);
             if recent.last.is_none_or(|last| last.index() <= log_id.index()) {
                 recent.last = Some(log_id);

@@ -77,6 +77,16 @@ impl Pool {
         Wire::open(self.master().await?, &self.tls).await
     }
 
+    /// So many connections to the master.
+    pub async fn wires(&self, count: usize) -> anyhow::Result<Vec<Wire>> {
+        let master = self.master().await?;
+        let mut wires = Vec::with_capacity(count);
+        for _ in 0..count {
+            wires.push(Wire::open(master, &self.tls).await?);
+        }
+        Ok(wires)
+    }
+
     /// Makes VMs until there are so many.
     pub async fn make_vms(&mut self, count: usize) -> anyhow::Result<()> {
         let missing = count.saturating_sub(self.vms.len());

@@ -143,20 +143,21 @@ fn resident(pid: i32) -> anyhow::Result<u64> {
 async fn watched(pool: &mut Pool, size: Size) -> anyhow::Result<(Vec<f64>, f64)> {
     let token = pool.client().call("event.from", json!([["vm"], "", 0.0])).await?;
     let token = token["token"].as_str().context("event.from gave no token")?.to_owned();
+    let wires = (pool.wires(size.watchers).await?, pool.wires(PACED).await?);
     let epoch = Instant::now();
     let counting = epoch + Duration::from_secs(2);
     let end = counting + Duration::from_secs_f64(size.seconds);
     let mut watchers = JoinSet::new();
-    for _ in 0..size.watchers {
-        let wire = pool.wire().await?.keeping(8 << 20);
+    for wire in wires.0 {
+        let wire = wire.keeping(8 << 20);
         watchers.spawn(watch(wire, pool.session().to_owned(), token.clone(), epoch, counting, end));
     }
     let mut writers = JoinSet::new();
     let pace = Duration::from_secs_f64(PACED as f64 / size.changes as f64);
-    for first in 0..PACED {
+    for (first, wire) in wires.1.into_iter().enumerate() {
         let places = (first..CHANGING.min(size.vms).max(first + 1)).step_by(PACED);
         let vms: Vec<String> = places.map(|place| pool.vm(place).map(str::to_owned)).collect::<anyhow::Result<_>>()?;
-        let paced = Paced { wire: pool.wire().await?, session: pool.session().to_owned(), vms, pace };
+        let paced = Paced { wire, session: pool.session().to_owned(), vms, pace };
         writers.spawn(paced.write(epoch, counting, end));
     }
     let mut changed = 0;

@@ -47,6 +47,12 @@ struct Flags {
     /// Leave the large pool out
     #[arg(long, conflicts_with = "only_scale")]
     no_scale: bool,
+    /// VMs of the large pool
+    #[arg(long)]
+    vms: Option<usize>,
+    /// Watchers of the large pool
+    #[arg(long)]
+    watchers: Option<usize>,
     /// A short slice of everything, to see that it works
     #[arg(long)]
     quick: bool,
@@ -77,11 +83,13 @@ async fn main() -> anyhow::Result<()> {
         eprintln!("without etcd: it is not installed, or not wanted");
     }
 
-    let size = if flags.quick {
+    let mut size = if flags.quick {
         Size { hosts: 8, vms: 2_000, watchers: 20, changes: 200, seconds: 1.0 }
     } else {
         Size { hosts: 64, vms: 64_000, watchers: 200, changes: 1_000, seconds: 10.0 }
     };
+    size.vms = flags.vms.unwrap_or(size.vms);
+    size.watchers = flags.watchers.unwrap_or(size.watchers);
     if flags.only_scale {
         return print(&report::alone(&scale::measure(&program, &flags.dir, size).await?));
     }
