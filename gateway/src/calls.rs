@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use controller::{Caller, Controller, Event, EventBatch, OWN_KEY, Refusal, Reply, Request};
-use datamodel::{ApiError, Value, encode, errors, model};
+use controller::{Caller, Controller, OWN_KEY, Refusal, Reply, Request};
+use datamodel::{ApiError, encode, errors, model};
 use futures::FutureExt;
 use raft_store::Member;
 use tracing::Instrument;
 
+use crate::body::Body;
 use crate::forward::{ForwardClient, Lost};
 use crate::{jsonrpc, xmlrpc};
 
@@ -49,49 +50,12 @@ pub(crate) enum Protocol {
     JsonRpc,
 }
 
-/// An answer's body in pieces: kept encodings are not copied into one.
-#[derive(Debug, Default)]
-pub(crate) struct Body {
-    pub(crate) pieces: Vec<Bytes>,
-    open: Vec<u8>,
-}
-
-impl Body {
-    /// Where small things are appended.
-    pub(crate) fn text(&mut self) -> &mut Vec<u8> {
-        &mut self.open
-    }
-
-    /// Appends bytes that are kept elsewhere: copied while small, shared where copying would cost more.
-    fn share(&mut self, bytes: Bytes) {
-        const WORTH_A_PIECE: usize = 8192;
-        const LARGEST_COPY: usize = 65536;
-        if bytes.len() < WORTH_A_PIECE && self.open.len() < LARGEST_COPY {
-            self.open.extend_from_slice(&bytes);
-        } else {
-            self.cut();
-            self.pieces.push(bytes);
-        }
-    }
-
-    fn cut(&mut self) {
-        if !self.open.is_empty() {
-            self.pieces.push(Bytes::from(std::mem::take(&mut self.open)));
-        }
-    }
-
-    pub(crate) fn finish(mut self) -> Vec<Bytes> {
-        self.cut();
-        self.pieces
-    }
-}
-
 /// A whole answer, ready for HTTP.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) content_type: String,
-    pub(crate) pieces: Vec<Bytes>,
+    pub(crate) body: Body,
 }
 
 impl Answer {
@@ -99,11 +63,11 @@ impl Answer {
         let mut text = b"<html><body><h1>HTTP 500 internal server error</h1>".to_vec();
         encode::xml_text(reason, &mut text);
         text.extend_from_slice(b"</body></html>");
-        Self { status: 500, content_type: "text/html".into(), pieces: vec![Bytes::from(text)] }
+        Self { status: 500, content_type: "text/html".into(), body: Bytes::from(text).into() }
     }
 
     fn misdirected() -> Self {
-        Self { status: MISDIRECTED, content_type: String::new(), pieces: Vec::new() }
+        Self { status: MISDIRECTED, content_type: String::new(), body: Body::default() }
     }
 }
 
@@ -275,7 +239,7 @@ fn recognise(caller: &mut Caller) {
 
 fn answer(envelope: &Envelope, body: Body) -> Answer {
     let content_type = if matches!(envelope, Envelope::Xml) { "text/xml" } else { "application/json" };
-    Answer { status: 200, content_type: content_type.into(), pieces: body.finish() }
+    Answer { status: 200, content_type: content_type.into(), body }
 }
 
 fn fail(envelope: &Envelope, error: &ApiError) -> Answer {
@@ -294,143 +258,23 @@ fn succeed(envelope: &Envelope, reply: Reply) -> Answer {
         Envelope::Xml => {
             let bare = matches!(reply, Reply::Methods(_));
             xmlrpc::success_head(bare, body.text());
-            reply_xml(reply, &mut body);
+            body.xml(reply);
             xmlrpc::success_tail(bare, body.text());
         }
         Envelope::Json1(id) => {
             body.text().extend_from_slice(b"{\"result\":");
-            reply_json(reply, &mut body);
+            body.json(reply);
             body.text().extend_from_slice(b",\"error\":null,\"id\":");
             id.write_to(body.text());
             body.text().push(b'}');
         }
         Envelope::Json2(id) => {
             body.text().extend_from_slice(b"{\"jsonrpc\":\"2.0\",\"result\":");
-            reply_json(reply, &mut body);
+            body.json(reply);
             body.text().extend_from_slice(b",\"id\":");
             id.write_to(body.text());
             body.text().push(b'}');
         }
     }
     answer(envelope, body)
-}
-
-fn reply_json(reply: Reply, body: &mut Body) {
-    match reply {
-        Reply::Value(value) => encode::json(&value, body.text()),
-        Reply::Record(row) => body.share(row.json()),
-        Reply::Records(rows) => {
-            body.text().push(b'{');
-            for (place, row) in rows.iter().enumerate() {
-                let text = body.text();
-                text.extend_from_slice(if place == 0 { b"\"" } else { b",\"" });
-                row.reference.write_to(text);
-                text.extend_from_slice(b"\":");
-                body.share(row.json());
-            }
-            body.text().push(b'}');
-        }
-        Reply::Events(batch) => events_json(&batch, body),
-        Reply::EventList(events) => event_list_json(&events, body),
-        Reply::Methods(names) => encode::json(&Value::Set(names.into_iter().map(Value::str).collect()), body.text()),
-    }
-}
-
-fn event_list_json(events: &[Event], body: &mut Body) {
-    body.text().push(b'[');
-    for (place, event) in events.iter().enumerate() {
-        let text = body.text();
-        if place > 0 {
-            text.push(b',');
-        }
-        text.extend_from_slice(
-            format!(
-                "{{\"id\":\"{}\",\"timestamp\":\"0.0\",\"class\":\"{}\",\"operation\":\"{}\",\"ref\":\"",
-                event.id, event.class, event.operation
-            )
-            .as_bytes(),
-        );
-        event.reference.write_to(text);
-        text.push(b'"');
-        if let Some(row) = &event.snapshot {
-            text.extend_from_slice(b",\"snapshot\":");
-            body.share(row.json());
-        }
-        body.text().push(b'}');
-    }
-    body.text().push(b']');
-}
-
-fn events_json(batch: &EventBatch, body: &mut Body) {
-    body.text().extend_from_slice(b"{\"events\":");
-    event_list_json(&batch.events, body);
-    body.text().extend_from_slice(b",\"valid_ref_counts\":{");
-    for (place, (class, count)) in batch.valid_ref_counts.iter().enumerate() {
-        let comma = if place > 0 { "," } else { "" };
-        body.text().extend_from_slice(format!("{comma}\"{class}\":{count}").as_bytes());
-    }
-    body.text().extend_from_slice(b"},\"token\":");
-    encode::json_string(&batch.token, body.text());
-    body.text().push(b'}');
-}
-
-fn reply_xml(reply: Reply, body: &mut Body) {
-    match reply {
-        Reply::Value(value) => encode::xml(&value, body.text()),
-        Reply::Record(row) => body.share(row.xml()),
-        Reply::Records(rows) => {
-            body.text().extend_from_slice(b"<value><struct>");
-            for row in rows {
-                let text = body.text();
-                text.extend_from_slice(b"<member><name>");
-                row.reference.write_to(text);
-                text.extend_from_slice(b"</name>");
-                body.share(row.xml());
-                body.text().extend_from_slice(b"</member>");
-            }
-            body.text().extend_from_slice(b"</struct></value>");
-        }
-        Reply::Events(batch) => events_xml(&batch, body),
-        Reply::EventList(events) => event_list_xml(&events, body),
-        Reply::Methods(names) => encode::xml(&Value::Set(names.into_iter().map(Value::str).collect()), body.text()),
-    }
-}
-
-fn member_xml(name: &str, value: &str, text: &mut Vec<u8>) {
-    text.extend_from_slice(format!("<member><name>{name}</name><value>{value}</value></member>").as_bytes());
-}
-
-fn event_list_xml(events: &[Event], body: &mut Body) {
-    body.text().extend_from_slice(b"<value><array><data>");
-    for event in events {
-        let text = body.text();
-        text.extend_from_slice(b"<value><struct>");
-        member_xml("id", &event.id.to_string(), text);
-        member_xml("timestamp", "0.0", text);
-        member_xml("class", event.class, text);
-        member_xml("operation", event.operation, text);
-        member_xml("ref", &event.reference.to_string(), text);
-        if let Some(row) = &event.snapshot {
-            text.extend_from_slice(b"<member><name>snapshot</name>");
-            body.share(row.xml());
-            body.text().extend_from_slice(b"</member>");
-        }
-        body.text().extend_from_slice(b"</struct></value>");
-    }
-    body.text().extend_from_slice(b"</data></array></value>");
-}
-
-fn events_xml(batch: &EventBatch, body: &mut Body) {
-    body.text().extend_from_slice(b"<value><struct><member><name>events</name>");
-    event_list_xml(&batch.events, body);
-    body.text().extend_from_slice(b"</member><member><name>valid_ref_counts</name><value><struct>");
-    for (class, count) in &batch.valid_ref_counts {
-        // The one place where integers travel typed.
-        body.text().extend_from_slice(
-            format!("<member><name>{class}</name><value><i4>{count}</i4></value></member>").as_bytes(),
-        );
-    }
-    body.text().extend_from_slice(b"</struct></value></member>");
-    member_xml("token", &batch.token, body.text());
-    body.text().extend_from_slice(b"</struct></value>");
 }

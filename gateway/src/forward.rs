@@ -16,6 +16,7 @@ use raft_store::{Member, PeerTls};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
+use crate::body::Body;
 use crate::calls::{Answer, Calls, MISDIRECTED, Protocol, Server};
 
 /// A forwarded call may wait for events as long as a direct one; the peer's keep-alive notices a dead master.
@@ -87,7 +88,7 @@ impl ForwardClient {
         };
         let send = async {
             let mut parts = client.call(call).await.map_err(|status| lost(&status))?.into_inner();
-            let mut answer = Answer { status: 500, content_type: String::new(), pieces: Vec::new() };
+            let mut answer = Answer { status: 500, content_type: String::new(), body: Body::default() };
             let mut first = true;
             while let Some(part) = parts.message().await.map_err(|status| Lost::Unknown(status.to_string()))? {
                 if first {
@@ -95,7 +96,7 @@ impl ForwardClient {
                     answer.content_type = part.content_type;
                     first = false;
                 }
-                answer.pieces.push(part.body);
+                answer.body.share(part.body);
             }
             if first { Err(Lost::Unknown("an empty answer".into())) } else { Ok(answer) }
         };
@@ -157,14 +158,11 @@ impl Forward for Receiver {
         if answer.status == MISDIRECTED {
             return Err(Status::failed_precondition("this member is not the master"));
         }
-        let mut parts =
-            vec![AnswerPart { status: answer.status.into(), content_type: answer.content_type, body: Bytes::new() }];
-        for mut piece in answer.pieces {
-            while !piece.is_empty() {
-                let part = piece.split_to(piece.len().min(PIECE));
-                parts.push(AnswerPart { status: 0, content_type: String::new(), body: part });
-            }
-        }
-        Ok(Response::new(Box::pin(futures::stream::iter(parts.into_iter().map(Ok)))))
+        let head = AnswerPart { status: answer.status.into(), content_type: answer.content_type, body: Bytes::new() };
+        let parts = answer.body.flat_map(|mut piece| {
+            std::iter::from_fn(move || (!piece.is_empty()).then(|| piece.split_to(piece.len().min(PIECE))))
+        });
+        let parts = parts.map(|body| AnswerPart { status: 0, content_type: String::new(), body });
+        Ok(Response::new(Box::pin(futures::stream::iter(std::iter::once(head).chain(parts).map(Ok)))))
     }
 }

@@ -3,6 +3,7 @@
 //! XML-RPC and JSON-RPC over TLS, plain HTTP where it is allowed, and the host's Unix socket; calls that
 //! this host cannot answer go to the member that can, as they came.
 
+mod body;
 mod calls;
 mod forward;
 mod http;

@@ -1,41 +1,29 @@
-//! A body made of pieces whose whole length is known: kept encodings go out as they are.
+//! An answer's pieces as a body of HTTP: with its length where that is known, else in chunks.
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use hyper::body::{Body, Frame, SizeHint};
+use hyper::body::{Frame, SizeHint};
 
-pub(crate) struct Pieces {
-    pieces: VecDeque<Bytes>,
-    left: u64,
-}
+use crate::body::Body;
 
-impl Pieces {
-    pub(crate) fn new(pieces: Vec<Bytes>) -> Self {
-        let left = pieces.iter().map(|piece| piece.len() as u64).sum();
-        Self { pieces: pieces.into(), left }
-    }
-}
+pub(crate) struct Pieces(pub(crate) Body);
 
-impl Body for Pieces {
+impl hyper::body::Body for Pieces {
     type Data = Bytes;
     type Error = Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(self.pieces.pop_front().map(|piece| {
-            self.left -= piece.len() as u64;
-            Ok(Frame::data(piece))
-        }))
+        Poll::Ready(self.0.next().map(|piece| Ok(Frame::data(piece))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.pieces.is_empty()
+        self.0.is_empty()
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.left)
+        self.0.length().map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }

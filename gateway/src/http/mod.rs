@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 use hyper::header::{self, HeaderValue};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
 
+use crate::body::Body;
 use crate::calls::{Answer, Protocol, Server};
 
 /// A body takes no longer than this to arrive.
@@ -93,7 +94,7 @@ async fn call(site: &Site, origin: &Origin, request: Request<Incoming>, protocol
 }
 
 fn respond(answer: Answer, close: bool) -> Response<Pieces> {
-    let mut response = Response::new(Pieces::new(answer.pieces));
+    let mut response = Response::new(Pieces(answer.body));
     *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     let content_type = HeaderValue::from_str(&answer.content_type).unwrap_or(HeaderValue::from_static("text/plain"));
@@ -108,7 +109,7 @@ fn respond(answer: Answer, close: bool) -> Response<Pieces> {
 }
 
 fn preflight(asked: &HeaderMap) -> Response<Pieces> {
-    let mut response = Response::new(Pieces::new(Vec::new()));
+    let mut response = Response::new(Pieces(Body::default()));
     let wanted = text(asked, "access-control-request-headers");
     let allowed = if wanted.is_empty() { "X-Requested-With".to_owned() } else { format!("{wanted}, X-Requested-With") };
     let headers = response.headers_mut();
@@ -121,7 +122,7 @@ fn preflight(asked: &HeaderMap) -> Response<Pieces> {
 }
 
 fn plain(status: StatusCode, text: &'static str) -> Response<Pieces> {
-    let mut response = Response::new(Pieces::new(vec![Bytes::from_static(text.as_bytes())]));
+    let mut response = Response::new(Pieces(Bytes::from_static(text.as_bytes()).into()));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     response
