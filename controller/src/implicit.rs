@@ -138,7 +138,7 @@ pub(crate) fn insert(
     more: Vec<(u16, Value)>,
 ) -> Served<OpaqueRef> {
     let def = class.def();
-    let members = if let Value::Record(members) = record { members } else { Vec::new() };
+    let members = if let Value::Record(members) = record { members.into_vec() } else { Vec::new() };
     check_members(def, &members)?;
     let mut fields: Vec<(u16, Value)> =
         members.into_iter().filter_map(|(name, value)| Some((def.field(&name)?, value))).collect();

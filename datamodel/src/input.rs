@@ -74,7 +74,7 @@ pub fn convert(ty: &Type, input: Input, name: &str) -> Result<Value, Misfit> {
                 let key = Key::from_value(convert(key, Input::Str(member), name)?).ok_or_else(wrong)?;
                 entries.insert(key, convert(value, content, name)?);
             }
-            Value::Map(entries)
+            Value::map(entries)
         }
         (Type::Record(class), Input::Struct(members)) => record(*class, members)?,
         (Type::Option(_), Input::Nil) => Value::Absent,
@@ -119,5 +119,5 @@ fn record(class: ClassId, members: Vec<(String, Input)>) -> Result<Value, Misfit
         }
         out.push((Cow::Borrowed(field.name), convert(&field.ty, content, field.name)?));
     }
-    Ok(Value::Record(out))
+    Ok(Value::Record(out.into()))
 }

@@ -34,7 +34,7 @@ pub use model::{
 pub use reference::{ClassId, ClassKind, NotAReference, OpaqueRef, Ref};
 pub use timestamp::{NotADate, Timestamp};
 pub use types::{EnumDef, Type};
-pub use value::{Key, Value};
+pub use value::{Key, Map, Set, Value};
 
 /// A word that is not in the enum named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -28,7 +28,7 @@ pub(crate) fn parse_default(ty: &Type, text: &str) -> Option<Value> {
                 let (name, content) = item.split_once(" -> ")?;
                 entries.insert(Key::from_value(parse_default(key, name)?)?, parse_default(value, content)?);
             }
-            Value::Map(entries)
+            Value::map(entries)
         }
         Type::Record(_) | Type::AnyRecord | Type::EventBatch | Type::Void => return None,
     })

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::value::{Map, Set};
 use crate::{ClassId, OpaqueRef, Timestamp, Value};
 
 /// An enum and its words, in model order.
@@ -108,8 +109,8 @@ impl Type {
             Self::DateTime => Value::Time(Timestamp::EPOCH),
             Self::Enum(words) => Value::Enum(words.words.first().copied().unwrap_or("")),
             Self::Ref(_) => Value::Ref(OpaqueRef::NULL),
-            Self::Set(_) => Value::Set(Vec::new()),
-            Self::Map(..) => Value::Map(std::collections::BTreeMap::new()),
+            Self::Set(_) => Value::Set(Set::default()),
+            Self::Map(..) => Value::Map(Map::default()),
             Self::Record(_) | Self::AnyRecord | Self::EventBatch | Self::Option(_) => Value::Absent,
             Self::Void => Value::Void,
         }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use crate::{OpaqueRef, Timestamp};
@@ -24,11 +25,11 @@ pub enum Value {
     /// A reference to an object.
     Ref(OpaqueRef),
     /// A set; the order is kept.
-    Set(Vec<Value>),
+    Set(Set),
     /// A map.
-    Map(BTreeMap<Key, Value>),
+    Map(Map),
     /// A record that is no row, such as an event or a constructor's argument; members in order.
-    Record(Vec<(Cow<'static, str>, Value)>),
+    Record(Box<[(Cow<'static, str>, Value)]>),
     /// An optional value that is not there: its record member is left out.
     Absent,
     /// The result of a message that has none: the empty string on the wire.
@@ -41,6 +42,16 @@ impl Value {
         Self::Str(text.into())
     }
 
+    /// A set.
+    pub fn set(members: impl IntoIterator<Item = Self>) -> Self {
+        Self::Set(members.into_iter().collect())
+    }
+
+    /// A map.
+    pub fn map(entries: impl IntoIterator<Item = (Key, Self)>) -> Self {
+        Self::Map(entries.into_iter().collect())
+    }
+
     /// The text, where this is a string or an enum.
     #[must_use]
     pub fn as_str(&self) -> Option<&str> {
@@ -49,6 +60,83 @@ impl Value {
             Self::Enum(word) => Some(word),
             _ => None,
         }
+    }
+}
+
+/// The members of a set: shared by the rows that have the same one, and nothing where there are none. Rows are copied
+/// with every change, and most sets and maps of most rows are empty or as their template had them.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Set(Option<Arc<Vec<Value>>>);
+
+impl Set {
+    /// Changes it; who shares it keeps what it was.
+    pub fn edit<T>(&mut self, edit: impl FnOnce(&mut Vec<Value>) -> T) -> T {
+        let out = edit(Arc::make_mut(self.0.get_or_insert_default()));
+        self.0.take_if(|members| members.is_empty());
+        out
+    }
+}
+
+impl Deref for Set {
+    type Target = [Value];
+
+    fn deref(&self) -> &[Value] {
+        self.0.as_ref().map_or(&[], |members| members.as_slice())
+    }
+}
+
+impl FromIterator<Value> for Set {
+    fn from_iter<I: IntoIterator<Item = Value>>(members: I) -> Self {
+        let members: Vec<Value> = members.into_iter().collect();
+        Self((!members.is_empty()).then(|| Arc::new(members)))
+    }
+}
+
+impl IntoIterator for Set {
+    type Item = Value;
+    type IntoIter = std::vec::IntoIter<Value>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.map(Arc::unwrap_or_clone).unwrap_or_default().into_iter()
+    }
+}
+
+/// The entries of a map; shared as a [`Set`]'s members are.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Map(Option<Arc<BTreeMap<Key, Value>>>);
+
+static NO_ENTRIES: BTreeMap<Key, Value> = BTreeMap::new();
+
+impl Map {
+    /// Changes it; who shares it keeps what it was.
+    pub fn edit<T>(&mut self, edit: impl FnOnce(&mut BTreeMap<Key, Value>) -> T) -> T {
+        let out = edit(Arc::make_mut(self.0.get_or_insert_default()));
+        self.0.take_if(|entries| entries.is_empty());
+        out
+    }
+}
+
+impl Deref for Map {
+    type Target = BTreeMap<Key, Value>;
+
+    fn deref(&self) -> &BTreeMap<Key, Value> {
+        self.0.as_deref().unwrap_or(&NO_ENTRIES)
+    }
+}
+
+impl FromIterator<(Key, Value)> for Map {
+    fn from_iter<I: IntoIterator<Item = (Key, Value)>>(entries: I) -> Self {
+        let entries: BTreeMap<Key, Value> = entries.into_iter().collect();
+        Self((!entries.is_empty()).then(|| Arc::new(entries)))
+    }
+}
+
+impl IntoIterator for Map {
+    type Item = (Key, Value);
+    type IntoIter = std::collections::btree_map::IntoIter<Key, Value>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.map(Arc::unwrap_or_clone).unwrap_or_default().into_iter()
     }
 }
 
@@ -104,5 +192,33 @@ impl Key {
 impl From<&str> for Key {
     fn from(text: &str) -> Self {
         Self::Str(text.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows are made of values, thousands of them for each VM.
+    #[test]
+    fn a_value_is_three_words() {
+        assert_eq!(size_of::<Value>(), 24);
+        assert_eq!(size_of::<Set>(), 8);
+        assert_eq!(size_of::<Map>(), 8);
+    }
+
+    #[test]
+    fn who_shares_a_set_or_a_map_keeps_it_when_another_changes_it() {
+        let before: Set = [Value::Int(1)].into_iter().collect();
+        let mut after = before.clone();
+        after.edit(|members| members.push(Value::Int(2)));
+        assert_eq!((before.len(), after.len()), (1, 2));
+        after.edit(Vec::clear);
+        assert_eq!(after, Set::default(), "nothing is always the same nothing");
+
+        let before: Map = [(Key::from("a"), Value::Int(1))].into_iter().collect();
+        let mut after = before.clone();
+        after.edit(|entries| entries.remove(&Key::from("a")));
+        assert_eq!((before.len(), after), (1, Map::default()));
     }
 }

@@ -215,20 +215,20 @@ fn text_that_is_no_reference_is_no_handle_of_its_class() {
 #[test]
 fn sets_and_maps_convert_what_they_hold() {
     let numbers = Input::Array(vec![text("2"), Input::Int(1), text("0x2")]);
-    let wanted = Value::Set(vec![Value::Int(2), Value::Int(1), Value::Int(2)]);
+    let wanted = Value::set(vec![Value::Int(2), Value::Int(1), Value::Int(2)]);
     assert_eq!(convert(&set_of(Type::Int), numbers, "p"), Ok(wanted));
-    assert_eq!(convert(&set_of(Type::Int), Input::Array(Vec::new()), "p"), Ok(Value::Set(Vec::new())));
+    assert_eq!(convert(&set_of(Type::Int), Input::Array(Vec::new()), "p"), Ok(Value::set([])));
     assert_eq!(convert(&set_of(Type::Int), Input::Array(vec![text("x")]), "p"), Err(wrong()));
     for input in [text(""), Input::Nil, Input::Struct(Vec::new())] {
         assert_eq!(convert(&set_of(Type::Int), input.clone(), "p"), Err(wrong()), "{input:?}");
     }
 
     let by_number = map_of(Type::Int, Type::String);
-    let wanted = Value::Map([(Key::Int(16), Value::str("v"))].into());
+    let wanted = Value::map([(Key::Int(16), Value::str("v"))]);
     assert_eq!(convert(&by_number, struct_of(&[("0x10", text("v"))]), "p"), Ok(wanted));
     assert_eq!(convert(&by_number, struct_of(&[("k", text("v"))]), "p"), Err(wrong()));
     let by_reference = map_of(Type::Ref(class("VDI")), Type::Ref(class("SR")));
-    let wanted = Value::Map([(Key::Ref(REF.parse().unwrap()), Value::Ref(OpaqueRef::NULL))].into());
+    let wanted = Value::map([(Key::Ref(REF.parse().unwrap()), Value::Ref(OpaqueRef::NULL))]);
     assert_eq!(convert(&by_reference, struct_of(&[(REF, text(""))]), "p"), Ok(wanted));
     let no_handle = Misfit::NoSuchHandle(errors::handle_invalid("VDI", "k"));
     assert_eq!(convert(&by_reference, struct_of(&[("k", text(REF))]), "p"), Err(no_handle));
@@ -238,7 +238,7 @@ fn sets_and_maps_convert_what_they_hold() {
         assert_eq!(convert(&strings, input.clone(), "p"), Err(wrong()), "{input:?}");
     }
     // The last of two members with one name counts.
-    let wanted = Value::Map([(Key::from("k"), Value::str("b"))].into());
+    let wanted = Value::map([(Key::from("k"), Value::str("b"))]);
     assert_eq!(convert(&strings, struct_of(&[("k", text("a")), ("k", text("b"))]), "p"), Ok(wanted));
 }
 
@@ -274,20 +274,20 @@ fn a_record_loses_members_that_are_surplus_or_the_pools_own() {
         ("other_config", struct_of(&[("a", text("b"))])),
     ]);
     let record = convert(&Type::Record(class("VDI")), sent, "args").unwrap();
-    let wanted = Value::Record(vec![
+    let wanted = Value::Record(Box::new([
         ("name_label".into(), Value::str("disk")),
         ("SR".into(), Value::Ref(OpaqueRef::NULL)),
         ("virtual_size".into(), Value::Int(4096)),
         ("type".into(), Value::Enum("user")),
-        ("other_config".into(), Value::Map([(Key::from("a"), Value::str("b"))].into())),
-    ]);
+        ("other_config".into(), Value::map([(Key::from("a"), Value::str("b"))])),
+    ]));
     assert_eq!(record, wanted);
 }
 
 #[test]
 fn a_record_may_leave_members_out_and_misfits_name_the_field() {
     let ty = Type::Record(class("VDI"));
-    assert_eq!(convert(&ty, Input::Struct(Vec::new()), "args"), Ok(Value::Record(Vec::new())));
+    assert_eq!(convert(&ty, Input::Struct(Vec::new()), "args"), Ok(Value::Record(Box::default())));
     let misfit = convert(&ty, struct_of(&[("sharable", text("true"))]), "args");
     assert_eq!(misfit, Err(Misfit::Refused(errors::field_type_error("sharable"))));
     let misfit = convert(&ty, struct_of(&[("type", text("floppy"))]), "args");
@@ -303,7 +303,7 @@ fn no_hidden_field_can_be_set_by_a_constructor() {
         for field in class.fields.iter().filter(|field| field.hidden) {
             let sent = struct_of(&[(field.name, Input::Nil)]);
             let record = convert(&Type::Record(class.id), sent, "args");
-            assert_eq!(record, Ok(Value::Record(Vec::new())), "{}.{}", class.name, field.name);
+            assert_eq!(record, Ok(Value::Record(Box::default())), "{}.{}", class.name, field.name);
         }
     }
 }

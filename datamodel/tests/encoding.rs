@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 
 use datamodel::{ClassId, Key, OpaqueRef, Timestamp, Value, encode, model};
 use proptest::prelude::*;
@@ -136,8 +135,8 @@ fn what_xml_forbids_is_dropped_from_it_and_its_neighbours_stay() {
 
 #[test]
 fn sets_keep_their_order_and_may_be_empty() {
-    both(&Value::Set(Vec::new()), "[]", "<array><data></data></array>");
-    let set = Value::Set(vec![Value::str("b"), Value::str("a"), Value::Set(vec![Value::Int(1)])]);
+    both(&Value::set([]), "[]", "<array><data></data></array>");
+    let set = Value::set(vec![Value::str("b"), Value::str("a"), Value::set(vec![Value::Int(1)])]);
     both(
         &set,
         r#"["b","a",[1]]"#,
@@ -148,7 +147,7 @@ fn sets_keep_their_order_and_may_be_empty() {
 
 #[test]
 fn the_keys_of_maps_are_text_of_every_type() {
-    both(&Value::Map(BTreeMap::new()), "{}", "<struct></struct>");
+    both(&Value::map([]), "{}", "<struct></struct>");
     for (key, as_json, as_xml) in [
         (Key::from("a\"<"), r#"a\"<"#, "a&quot;&lt;"),
         (Key::Int(-7), "-7", "-7"),
@@ -157,12 +156,12 @@ fn the_keys_of_maps_are_text_of_every_type() {
         (Key::Enum("start"), "start", "start"),
     ] {
         both(
-            &Value::Map([(key, Value::Int(1))].into()),
+            &Value::map([(key, Value::Int(1))]),
             &format!("{{\"{as_json}\":1}}"),
             &format!("<struct><member><name>{as_xml}</name><value>1</value></member></struct>"),
         );
     }
-    let two = Value::Map([(Key::from("b"), Value::Void), (Key::from("a"), Value::Bool(true))].into());
+    let two = Value::map([(Key::from("b"), Value::Void), (Key::from("a"), Value::Bool(true))]);
     assert_eq!(json(&two), r#"{"a":true,"b":""}"#);
 }
 
@@ -195,7 +194,7 @@ fn every_record_of_every_class_shows_the_fields_that_clients_see_in_both_forms()
             .filter(|(field, value)| !field.hidden && **value != Value::Absent)
             .map(|(field, value)| (Cow::Borrowed(field.name), value.clone()))
             .collect();
-        let record = Value::Record(shown.clone());
+        let record = Value::Record(shown.clone().into());
         assert_eq!(written(|out| encode::json_record(class, &fields, out)), json(&record), "{}", class.name);
         assert_eq!(written(|out| encode::xml_record(class, &fields, out)), xml(&record), "{}", class.name);
         let read: Json = serde_json::from_str(&json(&record)).unwrap();
@@ -249,14 +248,14 @@ fn any_value() -> impl Strategy<Value = Value> {
             any::<i64>().prop_map(Key::Int)
         ];
         prop_oneof![
-            prop::collection::vec(inner.clone(), 0..5).prop_map(Value::Set),
+            prop::collection::vec(inner.clone(), 0..5).prop_map(Value::set),
             prop::collection::btree_map(
                 "[^\u{0}-\u{1f}]{0,8}".prop_map(|text| Key::from(text.as_str())),
                 inner.clone(),
                 0..5
             )
-            .prop_map(Value::Map),
-            prop::collection::btree_map(key, inner, 0..1).prop_map(Value::Map),
+            .prop_map(Value::map),
+            prop::collection::btree_map(key, inner, 0..1).prop_map(Value::map),
         ]
     })
 }

@@ -21,8 +21,8 @@ fn vm() -> (ClassId, Vec<Value>) {
             "memory_static_max" => Value::Int(1024),
             "resident_on" => Value::Ref(REF.parse().unwrap()),
             "affinity" => Value::Ref(OpaqueRef::NULL),
-            "tags" => Value::Set(vec![Value::str("a"), Value::str("b c")]),
-            "other_config" => Value::Map([(Key::from("k"), Value::str("v")), (Key::from("l"), Value::str(""))].into()),
+            "tags" => Value::set([Value::str("a"), Value::str("b c")]),
+            "other_config" => Value::map([(Key::from("k"), Value::str("v")), (Key::from("l"), Value::str(""))]),
             "snapshot_time" => Value::Time(Timestamp(1_704_067_200)),
             _ => field.ty.zero(),
         })

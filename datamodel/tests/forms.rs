@@ -1,8 +1,6 @@
 //! What travels: the exact forms of values, what clients may send, and the filter language.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::collections::BTreeMap;
-
 use datamodel::{
     ClassKind, Filter, Input, Key, Misfit, OpaqueRef, Timestamp, Type, Value, Vm, arguments, convert, encode, errors,
     model,
@@ -23,7 +21,7 @@ fn xml(value: &Value) -> String {
 
 #[test]
 fn each_type_has_the_form_that_clients_parse() {
-    let map = Value::Map(BTreeMap::from([(Key::Int(1), Value::Float(0.5))]));
+    let map = Value::map([(Key::Int(1), Value::Float(0.5))]);
     for (value, json_form, xml_form) in [
         (Value::str("a<\"&\u{1}b"), "\"a<\\\"&b\"", "<value>a&lt;&quot;&amp;b</value>"),
         (Value::Int(-5), "-5", "<value>-5</value>"),
@@ -35,7 +33,7 @@ fn each_type_has_the_form_that_clients_parse() {
             "<value><dateTime.iso8601>19700101T00:00:00Z</dateTime.iso8601></value>",
         ),
         (Value::Ref(OpaqueRef::NULL), "\"OpaqueRef:NULL\"", "<value>OpaqueRef:NULL</value>"),
-        (Value::Set(vec![Value::Int(1)]), "[1]", "<value><array><data><value>1</value></data></array></value>"),
+        (Value::set([Value::Int(1)]), "[1]", "<value><array><data><value>1</value></data></array></value>"),
         (
             map,
             "{\"1\":0.5}",

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use datamodel::{ClassId, Key, OpaqueRef, Relation, Timestamp, Value};
+use datamodel::{ClassId, Key, OpaqueRef, Relation, Set, Timestamp, Value};
 
 use crate::row::{LogIndex, Row, edited};
 use crate::state::{HISTORY_ENTRIES, HISTORY_SECONDS, Outcome, REMEMBERED_TRANSACTIONS, State, Table, Tombstone};
@@ -224,7 +224,7 @@ impl Editor<'_> {
             }
             Relation::Pair { class: other, field: twin } => {
                 let members =
-                    |value: &Value| if let Value::Set(members) = value { members.clone() } else { Vec::new() };
+                    |value: &Value| if let Value::Set(members) = value { members.clone() } else { Set::default() };
                 let (old, new) = (members(old), members(new));
                 for lost in old.iter().filter(|member| !new.contains(member)) {
                     if let Value::Ref(end) = lost {
@@ -248,7 +248,9 @@ impl Editor<'_> {
             Value::Set(members) if members.contains(this) != gains => {
                 self.replace(&row, |fields| {
                     if let Some(Value::Set(members)) = fields.get_mut(usize::from(field)) {
-                        if gains { members.push(this.clone()) } else { members.retain(|member| member != this) }
+                        members.edit(|members| {
+                            if gains { members.push(this.clone()) } else { members.retain(|member| member != this) }
+                        });
                     }
                 });
             }
@@ -269,11 +271,11 @@ impl Editor<'_> {
             return;
         }
         let mut members = members.clone();
-        if add {
-            members.push(value.clone())
-        } else {
-            members.retain(|member| member != value)
-        }
+        members.edit(
+            |members| {
+                if add { members.push(value.clone()) } else { members.retain(|member| member != value) }
+            },
+        );
         self.assign(class, reference, field, Value::Set(members));
     }
 
@@ -285,10 +287,10 @@ impl Editor<'_> {
         }
         self.replace(&row, |fields| {
             if let Some(Value::Map(entries)) = fields.get_mut(usize::from(field)) {
-                match value {
+                entries.edit(|entries| match value {
                     Some(value) => entries.insert(key.clone(), value.clone()),
                     None => entries.remove(key),
-                };
+                });
             }
         });
     }
@@ -298,7 +300,7 @@ impl Editor<'_> {
         for (def, index) in class.def().fields.iter().zip(0_u16..) {
             if let Some(relation @ (Relation::Owner { .. } | Relation::Pair { .. })) = def.relation {
                 let value = row.value(index).clone();
-                let nothing = if matches!(value, Value::Set(_)) { Value::Set(Vec::new()) } else { Value::Absent };
+                let nothing = if matches!(value, Value::Set(_)) { Value::Set(Set::default()) } else { Value::Absent };
                 self.follow(reference, relation, &value, &nothing);
             }
         }

@@ -114,7 +114,7 @@ fn value_from_wire(ty: &Type, value: wire::Value) -> Result<Value, DecodeError> 
                 let value = value_from_wire(value_type, entry.value.ok_or(DecodeError::BadValue)?)?;
                 map.insert(Key::from_value(key).ok_or(DecodeError::BadValue)?, value);
             }
-            Value::Map(map)
+            Value::map(map)
         }
         (_, Kind::Absent(_)) => Value::Absent,
         _ => return Err(DecodeError::BadValue),
@@ -317,7 +317,8 @@ pub(crate) fn row_from_wire(stored: wire::StoredRow) -> Result<Row, DecodeError>
     let class = class(&stored.class)?;
     let mut fields: Vec<Value> = class.def().fields.iter().map(|field| field.default.clone()).collect();
     for (index, value) in decode_fields(class, stored.fields)? {
-        if let Some(slot) = fields.get_mut(usize::from(index)) {
+        // What is as the model has it shares the model's.
+        if let Some(slot) = fields.get_mut(usize::from(index)).filter(|slot| **slot != value) {
             *slot = value;
         }
     }

@@ -41,7 +41,7 @@ pub(super) async fn compute_memory_overhead(cx: &Call, this: Ref<Host>) -> Serve
 /// None yet: figures come with the statistics.
 pub(super) async fn get_data_sources(cx: &Call, this: Ref<Host>) -> Served<Value> {
     cx.row(this)?;
-    Ok(Value::Set(Vec::new()))
+    Ok(Value::set([]))
 }
 
 /// Every guest: nothing can be moved yet.

@@ -1,6 +1,6 @@
 //! Messages of the class VM.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use datamodel::enums::{DomainType, VmOperations as Op, VmPowerState};
 use datamodel::fields::{vbd, vif, vm, vm_metrics};
@@ -86,10 +86,8 @@ async fn duplicate(cx: &Call, this: Ref<Vm>, name: String, operation: Op) -> Ser
     ]);
     let edits: Vec<(u16, Value)> = fields.clone();
     change.insert_values(Vm::ID, reference.opaque(), fields);
-    let fresh = [
-        (vm::CURRENT_OPERATIONS.index(), Value::Map(BTreeMap::new())),
-        (vm::IS_DEFAULT_TEMPLATE.index(), Value::Bool(false)),
-    ];
+    let fresh =
+        [(vm::CURRENT_OPERATIONS.index(), Value::map([])), (vm::IS_DEFAULT_TEMPLATE.index(), Value::Bool(false))];
     let shadow = row.with_values(&edits).with_values(&fresh);
     change.set(reference, vm::ALLOWED_OPERATIONS, lifecycle::allowed_operations(&shadow));
     for device in row.get(vm::VIFS) {
@@ -362,5 +360,5 @@ pub(super) async fn set_vcpus_at_startup(cx: &Call, this: Ref<Vm>, value: i64) -
 /// None yet: figures come with the statistics.
 pub(super) async fn get_data_sources(cx: &Call, this: Ref<Vm>) -> Served<Value> {
     cx.row(this)?;
-    Ok(Value::Set(Vec::new()))
+    Ok(Value::set([]))
 }

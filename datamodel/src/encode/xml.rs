@@ -27,14 +27,14 @@ pub fn xml(value: &Value, out: &mut Vec<u8>) {
         Value::Ref(reference) => reference.write_to(out),
         Value::Set(elements) => {
             out.extend_from_slice(b"<array><data>");
-            for element in elements {
+            for element in elements.iter() {
                 xml(element, out);
             }
             out.extend_from_slice(b"</data></array>");
         }
         Value::Map(entries) => {
             out.extend_from_slice(b"<struct>");
-            for (key, value) in entries {
+            for (key, value) in entries.iter() {
                 member(&key.text(), value, out);
             }
             out.extend_from_slice(b"</struct>");

@@ -86,7 +86,7 @@ impl Calls for Stub {
                 self.go_on.notified().await;
                 Ok(Reply::Value(Value::str("done")))
             }
-            "caller" => Ok(Reply::Value(Value::Set(vec![
+            "caller" => Ok(Reply::Value(Value::set(vec![
                 Value::str(if caller.transport == Transport::Unix { "unix" } else { "tcp" }),
                 Value::str(caller.peer.map_or("-".to_owned(), |peer| peer.to_string())),
                 Value::str(caller.user_agent),
