@@ -120,6 +120,9 @@ fn judge(
     // Nobody acknowledged yet is a leader's first moment; nobody for three leases is a leader cut off.
     let cut_off = lease.age().is_some_and(|age| age > lease.length * 3);
     let metrics = metrics.borrow_watched();
+    if metrics.running_state.is_err() {
+        return Leadership::Electing;
+    }
     if leads(metrics.state) {
         let (term, epoch) = *office.borrow();
         if term == metrics.current_term && !cut_off {

@@ -13,6 +13,8 @@ use parking_lot::RwLock;
 use tokio::sync::oneshot;
 
 use crate::disk::{Disk, Job, Writer};
+use crate::offload;
+use crate::planted::Planted;
 use crate::record;
 use crate::types::{Config, Entry, LogId, Vote};
 
@@ -27,6 +29,7 @@ pub(crate) struct LogStore {
     disk: Disk,
     writer: Arc<Writer>,
     recent: Arc<RwLock<Recent>>,
+    planted: Option<Planted>,
 }
 
 #[derive(Default)]
@@ -69,7 +72,7 @@ impl Recent {
 }
 
 impl LogStore {
-    pub(crate) fn open(disk: Disk, writer: Arc<Writer>) -> Result<Self, io::Error> {
+    pub(crate) fn open(disk: Disk, writer: Arc<Writer>, planted: Option<Planted>) -> Result<Self, io::Error> {
         let purged = disk.purged()?;
         let last = disk.last_entry()?.map(|entry| entry.log_id()).or(purged);
         let recent = Recent {
@@ -80,7 +83,7 @@ impl LogStore {
             entries: BTreeMap::new(),
             bytes: 0,
         };
-        Ok(Self { disk, writer, recent: Arc::new(RwLock::new(recent)) })
+        Ok(Self { disk, writer, recent: Arc::new(RwLock::new(recent)), planted })
     }
 
     /// Gives the writer a job and waits for the disk.
@@ -88,7 +91,7 @@ impl LogStore {
         let (done, outcome) = oneshot::channel();
         // Nobody waits any more: then nobody needs to know.
         let flushed = Box::new(move |result| drop(done.send(result)));
-        self.writer.submit(job(flushed))?;
+        self.writer.submit(job(flushed)).await?;
         outcome.await.map_err(io::Error::other)?
     }
 }
@@ -118,8 +121,7 @@ impl RaftLogReader<Config> for LogStore {
             }
         }
         let disk = self.disk.clone();
-        let mut out =
-            tokio::task::spawn_blocking(move || disk.entries(start, end)).await.map_err(io::Error::other)??;
+        let mut out = offload::blocking(move || disk.entries(start, end)).await??;
         // The newest of them may be in memory only.
         let next = out.last().map_or(start, |entry| entry.log_id().index() + 1);
         let recent = self.recent.read();
@@ -168,6 +170,10 @@ impl RaftLogStorage<Config> for LogStore {
             recent.trim();
         }
         let last = records.last().map(|(index, _)| *index);
+        if self.planted == Some(Planted::AcknowledgesBeforeSync) {
+            callback.io_completed(Ok(()));
+            return self.writer.submit(Job::Append(records, Box::new(drop))).await;
+        }
         let recent = Arc::clone(&self.recent);
         let flushed = Box::new(move |result: Result<(), io::Error>| {
             if let (Ok(()), Some(last)) = (&result, last) {
@@ -175,7 +181,7 @@ impl RaftLogStorage<Config> for LogStore {
             }
             callback.io_completed(result);
         });
-        self.writer.submit(Job::Append(records, flushed))
+        self.writer.submit(Job::Append(records, flushed)).await
     }
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
@@ -186,7 +192,9 @@ impl RaftLogStorage<Config> for LogStore {
             recent.entries.split_off(&from);
             recent.recount();
             recent.flushed = recent.flushed.min(from.saturating_sub(1));
-            recent.last = last_log_id.or(recent.purged);
+            if recent.last.is_some_and(|last| last.index() >= from) {
+                recent.last = last_log_id.or(recent.purged);
+            }
         }
         self.write(|flushed| Job::TruncateAfter(last, flushed)).await
     }

@@ -25,7 +25,8 @@ use uuid::Uuid;
 
 use crate::apply::{Dirty, apply, trim_history};
 use crate::codec::{FORMAT, outcome_to_wire, row_to_wire};
-use crate::disk::{Column, Job, RowJob, STATE, Stored, Writer};
+use crate::disk::{Change, Column, Job, STATE, Stored, Writer};
+use crate::planted::Planted;
 use crate::record;
 use crate::row::LogIndex;
 use crate::state::{ChangeKey, State};
@@ -45,6 +46,7 @@ pub(crate) struct Machine {
     /// The index of the newest entry that took office in its term, by term: `(term, index)`.
     pub(crate) office: watch::Sender<(u64, LogIndex)>,
     writer: Arc<Writer>,
+    planted: Option<Planted>,
     inner: Mutex<Inner>,
     /// Held while changes are collected and handed over, so that batches reach the writer in their order.
     handover: tokio::sync::Mutex<()>,
@@ -64,7 +66,7 @@ struct Inner {
 }
 
 impl Machine {
-    pub(crate) fn new(stored: Stored, writer: Arc<Writer>) -> Self {
+    pub(crate) fn new(stored: Stored, writer: Arc<Writer>, planted: Option<Planted>) -> Self {
         let remembered = stored.state.remembered_order.len() as u64;
         let (applied, _) = watch::channel(stored.state.applied);
         let (office, _) = watch::channel((0, LogIndex(0)));
@@ -74,6 +76,7 @@ impl Machine {
             office,
             handover: tokio::sync::Mutex::new(()),
             writer,
+            planted,
             inner: Mutex::new(Inner {
                 last_applied: stored.last_applied,
                 membership: stored.membership,
@@ -93,13 +96,13 @@ impl Machine {
         let order = self.handover.lock().await;
         let Some(changes) = self.collect() else { return Ok(()) };
         let (done, outcome) = oneshot::channel();
-        self.writer.submit(Job::Rows(changes, Box::new(move |result| drop(done.send(result)))))?;
+        self.writer.submit(Job::Rows(changes, Box::new(move |result| drop(done.send(result))))).await?;
         drop(order);
         outcome.await.map_err(io::Error::other)?
     }
 
     /// Everything that has to be written, from one consistent moment.
-    fn collect(&self) -> Option<Vec<RowJob>> {
+    fn collect(&self) -> Option<Vec<Change>> {
         let (state, work) = {
             let mut inner = self.inner.lock();
             if inner.dirty.is_empty() && inner.outcomes.is_empty() && !inner.replaced {
@@ -109,7 +112,7 @@ impl Machine {
         };
         let mut out = Vec::with_capacity(work.dirty.len() + work.outcomes.len() + 8);
         if work.replaced {
-            out.extend([Column::Rows, Column::Tombstones, Column::Outcomes].map(RowJob::Clear));
+            out.extend([Column::Rows, Column::Tombstones, Column::Outcomes].map(Change::clear));
             for (class, table) in (0..).map(ClassId).zip(&state.tables) {
                 out.extend(table.rows.keys().map(|reference| row_job(&state, class, *reference)));
             }
@@ -117,22 +120,22 @@ impl Machine {
         } else {
             out.extend(work.dirty.iter().map(|(class, reference)| row_job(&state, *class, *reference)));
             out.extend(work.buried.iter().filter_map(|key| tombstone_job(&state, key)));
-            out.extend(work.trimmed.iter().map(|key| RowJob::Delete(Column::Tombstones, tombstone_key(key))));
+            out.extend(work.trimmed.iter().map(|key| Change::Delete(Column::Tombstones, tombstone_key(key))));
         }
         for (sequence, id) in (work.first_sequence..).zip(&work.outcomes) {
             if let Some(outcome) = state.remembered.get(id) {
                 let stored = outcome_to_wire(*id, sequence, outcome).encode_to_vec();
-                out.push(RowJob::Put(Column::Outcomes, sequence.to_be_bytes().to_vec(), stored));
+                out.push(Change::Put(Column::Outcomes, sequence.to_be_bytes().to_vec(), stored));
             }
         }
-        out.extend(work.forgotten.map(|sequence| RowJob::Delete(Column::Outcomes, sequence.to_be_bytes().to_vec())));
+        out.extend(work.forgotten.map(|sequence| Change::Delete(Column::Outcomes, sequence.to_be_bytes().to_vec())));
         let head = wire::StoredState {
             format: FORMAT,
             last_applied: work.last_applied.as_ref().map(record::log_id_to_wire),
             membership: Some(record::stored_membership_to_wire(&work.membership)),
             head: Some(head(&state)),
         };
-        out.push(RowJob::Put(Column::Meta, STATE.to_vec(), head.encode_to_vec()));
+        out.push(Change::Put(Column::Meta, STATE.to_vec(), head.encode_to_vec()));
         Some(out)
     }
 }
@@ -182,11 +185,11 @@ fn row_key(class: ClassId, reference: OpaqueRef) -> Vec<u8> {
     key
 }
 
-fn row_job(state: &State, class: ClassId, reference: OpaqueRef) -> RowJob {
+fn row_job(state: &State, class: ClassId, reference: OpaqueRef) -> Change {
     let key = row_key(class, reference);
     match state.row_of(class, reference) {
-        Some(row) => RowJob::Put(Column::Rows, key, row_to_wire(row).encode_to_vec()),
-        None => RowJob::Delete(Column::Rows, key),
+        Some(row) => Change::Put(Column::Rows, key, row_to_wire(row).encode_to_vec()),
+        None => Change::Delete(Column::Rows, key),
     }
 }
 
@@ -207,9 +210,9 @@ pub(crate) fn tombstone_to_wire(state: &State, key: &ChangeKey) -> Option<wire::
     })
 }
 
-fn tombstone_job(state: &State, key: &ChangeKey) -> Option<RowJob> {
+fn tombstone_job(state: &State, key: &ChangeKey) -> Option<Change> {
     let stored = tombstone_to_wire(state, key)?;
-    Some(RowJob::Put(Column::Tombstones, tombstone_key(key), stored.encode_to_vec()))
+    Some(Change::Put(Column::Tombstones, tombstone_key(key), stored.encode_to_vec()))
 }
 
 /// The machine as openraft drives it.
@@ -255,6 +258,13 @@ impl RaftStateMachine<Config> for StateMachine {
                         outcomes.0.push(apply(&mut state, index, transaction, &mut dirty));
                     }
                     trim_history(&mut state, index, &mut trimmed);
+                    if self.0.planted == Some(Planted::ForgetsTombstones) {
+                        state.tombstones = state
+                            .tombstones
+                            .range((LogIndex(index.0.saturating_sub(5)), ClassId(0), OpaqueRef::NULL)..)
+                            .map(|(key, tombstone)| (*key, *tombstone))
+                            .collect();
+                    }
                 }
                 EntryPayload::Membership(new) => membership = Some(StoredMembership::new(Some(id), new.clone())),
             }

@@ -14,11 +14,13 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::disk::{Disk, OpenError, Writer};
+use crate::disk::{Disk, Engine, OpenError, Rocks, Writer};
 use crate::leadership::{self, Leadership};
 use crate::log::LogStore;
 use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
-use crate::peer::{Heard, PeerFactory, PeerService, PeerTls};
+use crate::offload;
+use crate::peer::{Dial, Heard, PeerFactory, PeerService, PeerTls};
+use crate::planted::Planted;
 use crate::proposer::{self, Proposal, Unanswered};
 use crate::row::LogIndex;
 use crate::state::State;
@@ -44,6 +46,8 @@ pub struct StoreConfig {
     pub keep_entries: u64,
     /// A commit whose fate is not known after this long is answered so.
     pub commit_limit: Duration,
+    /// A mistake that a test of the tests wants to be found; else none.
+    pub planted: Option<Planted>,
 }
 
 impl StoreConfig {
@@ -59,6 +63,7 @@ impl StoreConfig {
             snapshot_every: 20_000,
             keep_entries: 10_000,
             commit_limit: Duration::from_secs(10),
+            planted: None,
         }
     }
 }
@@ -125,6 +130,7 @@ struct Shared {
     leadership: watch::Receiver<Leadership>,
     lease: leadership::Lease,
     commit_limit: Duration,
+    planted: Option<Planted>,
     tasks: parking_lot::Mutex<JoinSet<()>>,
 }
 
@@ -140,19 +146,28 @@ impl Store {
         std::fs::create_dir_all(&config.dir)
             .map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
         let dir = config.dir.clone();
-        let consensus = |error: std::io::Error| OpenError::Consensus(error.to_string());
-        let (disk, stored) = tokio::task::spawn_blocking(move || {
-            let disk = Disk::open(&dir)?;
-            let stored = disk.load()?;
-            Ok::<_, OpenError>((disk, stored))
-        })
-        .await
-        .map_err(|error| OpenError::Consensus(error.to_string()))??;
-        let writer = Arc::new(Writer::start(disk.clone()).map_err(consensus)?);
-        let log = LogStore::open(disk, Arc::clone(&writer)).map_err(consensus)?;
-        let machine = Arc::new(Machine::new(stored, Arc::clone(&writer)));
+        let rocks = offload::blocking(move || Rocks::open(&dir)).await.map_err(stopped)??;
+        let peers = Arc::new(config.tls.clone());
+        Self::open_on(config, Arc::new(rocks), peers).await
+    }
+
+    /// Opens a store on a disk and a network that are given; its folder and certificates are not used.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn open_on(
+        config: StoreConfig,
+        engine: Arc<dyn Engine>,
+        peers: Arc<dyn Dial>,
+    ) -> Result<Self, OpenError> {
+        let disk = Disk::new(engine);
+        let reading = disk.clone();
+        let stored = offload::blocking(move || reading.load()).await.map_err(stopped)??;
+        let writer = Arc::new(Writer::start(disk.engine()).map_err(stopped)?);
+        let log = LogStore::open(disk, Arc::clone(&writer), config.planted).map_err(stopped)?;
+        let machine = Arc::new(Machine::new(stored, Arc::clone(&writer), config.planted));
         let raft_config = Arc::new(raft_config(&config)?);
-        let network = PeerFactory { tls: config.tls.clone() };
+        let network = PeerFactory { peers };
         let raft = Raft::new(config.node_id, raft_config, network, log, StateMachine(Arc::clone(&machine)))
             .await
             .map_err(|error| OpenError::Consensus(error.to_string()))?;
@@ -185,6 +200,7 @@ impl Store {
             leadership,
             lease,
             commit_limit,
+            planted: config.planted,
             tasks: parking_lot::Mutex::new(tasks),
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -228,7 +244,8 @@ impl Store {
     /// [`NotLeader`] also where this node thinks it leads and cannot prove it in time.
     pub async fn read(&self) -> Result<Arc<State>, NotLeader> {
         let leading = matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. });
-        if leading && self.shared.lease.is_fresh() {
+        let proven = self.shared.lease.is_fresh() || self.shared.planted == Some(Planted::ReadsWhileDeposed);
+        if leading && proven {
             return Ok(self.state());
         }
         if !leading {
@@ -284,6 +301,20 @@ impl Store {
         match self.state().outcome(id) {
             Some(outcome) => Ok(outcome?),
             None => Err(self.not_leader().into()),
+        }
+    }
+
+    /// Waits until consensus has stopped because of a failure that it cannot survive, such as a disk that refuses a
+    /// write, and says which. The process should end then: what the disk has is enough to start again.
+    pub async fn failed(&self) -> String {
+        let mut metrics = self.shared.raft.metrics();
+        loop {
+            if let Err(fatal) = &metrics.borrow_watched().running_state {
+                return fatal.to_string();
+            }
+            if metrics.changed().await.is_err() {
+                return "consensus has ended".to_owned();
+            }
         }
     }
 
@@ -409,10 +440,14 @@ impl Store {
             tracing::warn!(%error, "the last rows were not written; the log brings them back");
         }
         let writer = Arc::clone(&self.shared.writer);
-        if tokio::task::spawn_blocking(move || writer.stop()).await.is_err() {
+        if offload::blocking(move || writer.stop()).await.is_err() {
             tracing::warn!("the log writer did not end");
         }
     }
+}
+
+fn stopped(error: std::io::Error) -> OpenError {
+    OpenError::Consensus(error.to_string())
 }
 
 fn raft_config(config: &StoreConfig) -> Result<openraft::Config, OpenError> {

@@ -6,9 +6,18 @@
 //! allows; rows before the purge of the entries that made them), and the sync of a log entry carries
 //! every row written before it.
 
+#[cfg(test)]
+mod contract;
+mod engine;
+mod memory;
 mod open;
+mod rocks;
 mod writer;
 
+pub(crate) use engine::Change;
+pub use engine::{Change as DiskChange, Column, Engine, KeyValue};
+pub use memory::Memory;
 pub use open::OpenError;
-pub(crate) use open::{Column, Disk, RowLoader, STATE, Stored};
-pub(crate) use writer::{Flushed, Job, RowJob, Writer};
+pub(crate) use open::{Disk, RowLoader, STATE, Stored};
+pub(crate) use rocks::Rocks;
+pub(crate) use writer::{Flushed, Job, Writer};

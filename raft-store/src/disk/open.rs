@@ -1,48 +1,18 @@
 //! Opening the database, and what is read from it: the state at the last persisted entry, the vote, the log.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message;
 use proto::raft as wire;
-use rocksdb::{ColumnFamily, ColumnFamilyDescriptor, DB, IteratorMode, Options};
 
+use super::engine::{Column, Engine};
 use crate::apply::link;
 use crate::codec::{DecodeError, FORMAT, class, outcome_from_wire, reference, row_from_wire};
 use crate::record;
 use crate::row::LogIndex;
 use crate::state::{State, Tombstone};
 use crate::types::{Entry, LogId, StoredMembership, Vote};
-
-/// A family of keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Column {
-    /// Log index → entry.
-    Log,
-    /// Vote, purge mark, state head.
-    Meta,
-    /// (class, reference) → row.
-    Rows,
-    /// (index, class, reference) → tombstone.
-    Tombstones,
-    /// Sequence → remembered outcome.
-    Outcomes,
-}
-
-impl Column {
-    pub(crate) const ALL: [Self; 5] = [Self::Log, Self::Meta, Self::Rows, Self::Tombstones, Self::Outcomes];
-
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Log => "log",
-            Self::Meta => "meta",
-            Self::Rows => "rows",
-            Self::Tombstones => "tombstones",
-            Self::Outcomes => "outcomes",
-        }
-    }
-}
 
 pub(crate) const VOTE: &[u8] = b"vote";
 pub(crate) const PURGED: &[u8] = b"purged";
@@ -78,10 +48,10 @@ pub enum OpenError {
     Timings(String),
 }
 
-/// The database.
+/// The database, and how what is in it is read.
 #[derive(Clone)]
 pub(crate) struct Disk {
-    db: Arc<DB>,
+    engine: Arc<dyn Engine>,
 }
 
 /// What a start finds.
@@ -93,74 +63,45 @@ pub(crate) struct Stored {
 }
 
 impl Disk {
-    pub(crate) fn open(path: &Path) -> Result<Self, OpenError> {
-        let mut options = Options::default();
-        options.create_if_missing(true);
-        options.create_missing_column_families(true);
-        options.set_max_background_jobs(2);
-        options.set_max_total_wal_size(64 << 20);
-        options.set_keep_log_file_num(3);
-        // A torn tail of the write-ahead log is an entry that nobody was told of; damage before it is refused.
-        options.set_wal_recovery_mode(rocksdb::DBRecoveryMode::TolerateCorruptedTailRecords);
-        let columns = Column::ALL.map(|column| {
-            let mut options = Options::default();
-            options.set_write_buffer_size(16 << 20);
-            ColumnFamilyDescriptor::new(column.name(), options)
-        });
-        let db = DB::open_cf_descriptors(&options, path, columns)
-            .map_err(|source| OpenError::Database { path: path.display().to_string(), source })?;
-        Ok(Self { db: Arc::new(db) })
+    pub(crate) fn new(engine: Arc<dyn Engine>) -> Self {
+        Self { engine }
     }
 
-    pub(crate) fn db(&self) -> &DB {
-        &self.db
+    pub(crate) fn engine(&self) -> Arc<dyn Engine> {
+        Arc::clone(&self.engine)
     }
 
-    pub(crate) fn column(&self, column: Column) -> Result<&ColumnFamily, std::io::Error> {
-        self.db
-            .cf_handle(column.name())
-            .ok_or_else(|| std::io::Error::other(format!("no column family {}", column.name())))
-    }
-
-    fn meta(&self, key: &[u8]) -> Result<Option<Vec<u8>>, std::io::Error> {
-        self.db.get_cf(self.column(Column::Meta)?, key).map_err(std::io::Error::other)
+    fn meta(&self, key: &[u8]) -> Result<Option<Bytes>, std::io::Error> {
+        self.engine.get(Column::Meta, key)
     }
 
     pub(crate) fn vote(&self) -> Result<Option<Vote>, std::io::Error> {
         let Some(bytes) = self.meta(VOTE)? else { return Ok(None) };
-        let ballot = wire::Ballot::decode(bytes.as_slice()).map_err(std::io::Error::other)?;
+        let ballot = wire::Ballot::decode(bytes).map_err(std::io::Error::other)?;
         Ok(Some(record::vote(&ballot)))
     }
 
     pub(crate) fn purged(&self) -> Result<Option<LogId>, std::io::Error> {
         let Some(bytes) = self.meta(PURGED)? else { return Ok(None) };
-        let id = wire::LogId::decode(bytes.as_slice()).map_err(std::io::Error::other)?;
+        let id = wire::LogId::decode(bytes).map_err(std::io::Error::other)?;
         Ok(Some(record::log_id(&id)))
     }
 
     pub(crate) fn last_entry(&self) -> Result<Option<Entry>, std::io::Error> {
-        match self.db.iterator_cf(self.column(Column::Log)?, IteratorMode::End).next() {
-            None => Ok(None),
-            Some(item) => {
-                let (_, bytes) = item.map_err(std::io::Error::other)?;
-                record::entry_from_bytes(Bytes::from(bytes)).map(Some).map_err(std::io::Error::other)
-            }
-        }
+        let last = self.engine.last(Column::Log)?;
+        last.map(record::entry_from_bytes).transpose().map_err(std::io::Error::other)
     }
 
     /// Entries from `start` up to and without `end`.
     pub(crate) fn entries(&self, start: u64, end: u64) -> Result<Vec<Entry>, std::io::Error> {
-        let from = start.to_be_bytes();
         let mut out = Vec::new();
-        for item in
-            self.db.iterator_cf(self.column(Column::Log)?, IteratorMode::From(&from, rocksdb::Direction::Forward))
-        {
-            let (key, bytes) = item.map_err(std::io::Error::other)?;
+        for item in self.engine.scan(Column::Log, &start.to_be_bytes()) {
+            let (key, bytes) = item?;
             let index = key.as_ref().try_into().map(u64::from_be_bytes).map_err(std::io::Error::other)?;
             if index >= end {
                 break;
             }
-            out.push(record::entry_from_bytes(Bytes::from(bytes)).map_err(std::io::Error::other)?);
+            out.push(record::entry_from_bytes(bytes).map_err(std::io::Error::other)?);
         }
         Ok(out)
     }
@@ -175,7 +116,7 @@ impl Disk {
         let Some(bytes) = self.meta(STATE).map_err(io("state"))? else {
             return Ok(Stored { state, last_applied: None, membership: StoredMembership::default(), next_outcome: 0 });
         };
-        let stored = wire::StoredState::decode(bytes.as_slice()).map_err(|error| damaged("state")(error.into()))?;
+        let stored = wire::StoredState::decode(bytes).map_err(|error| damaged("state")(error.into()))?;
         if stored.format > FORMAT {
             return Err(damaged("state")(DecodeError::NewerFormat(stored.format)));
         }
@@ -208,10 +149,9 @@ impl Disk {
         mut take: impl FnMut(Bytes) -> Result<(), DecodeError>,
     ) -> Result<(), OpenError> {
         let failed = |text: String| OpenError::Damaged { what, source: DecodeError::Malformed(text) };
-        let family = self.column(column).map_err(|error| failed(error.to_string()))?;
-        for item in self.db.iterator_cf(family, IteratorMode::Start) {
+        for item in self.engine.scan(column, &[]) {
             let (_, bytes) = item.map_err(|error| failed(error.to_string()))?;
-            take(Bytes::from(bytes)).map_err(|source| OpenError::Damaged { what, source })?;
+            take(bytes).map_err(|source| OpenError::Damaged { what, source })?;
         }
         Ok(())
     }

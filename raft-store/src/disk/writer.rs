@@ -1,18 +1,21 @@
 //! The thread that writes.
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::io;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 use prost::Message;
-use rocksdb::{WriteBatch, WriteOptions};
+use tokio::sync::mpsc;
 
-use super::open::{Column, Disk, PURGED, VOTE};
+use super::engine::{Change, Column, Engine};
+use super::open::{PURGED, VOTE};
+use crate::offload;
 use crate::record;
 use crate::types::{LogId, Vote};
 
 /// Called when a job is on disk, or is known not to be.
-pub(crate) type Flushed = Box<dyn FnOnce(Result<(), std::io::Error>) + Send>;
+pub(crate) type Flushed = Box<dyn FnOnce(Result<(), io::Error>) + Send>;
 
 /// Work for the writer, done in the order it was given.
 pub(crate) enum Job {
@@ -25,15 +28,7 @@ pub(crate) enum Job {
     /// Entries up to this one go. Not synced: a purge that is forgotten is done again.
     Purge(LogId, Flushed),
     /// Rows and the like. Not synced: the log brings them back.
-    Rows(Vec<RowJob>, Flushed),
-}
-
-/// A change of what rests beside the log.
-pub(crate) enum RowJob {
-    Put(Column, Vec<u8>, Vec<u8>),
-    Delete(Column, Vec<u8>),
-    /// Every key of the column.
-    Clear(Column),
+    Rows(Vec<Change>, Flushed),
 }
 
 /// A full queue makes appenders wait: the disk sets the pace.
@@ -41,22 +36,30 @@ const QUEUE: usize = 1024;
 
 /// The writer's handle. The thread ends when the last handle is dropped.
 pub(crate) struct Writer {
-    jobs: Mutex<Option<SyncSender<Job>>>,
+    jobs: Mutex<Option<mpsc::Sender<Job>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Writer {
-    pub(crate) fn start(disk: Disk) -> Result<Self, std::io::Error> {
-        let (jobs, queue) = sync_channel(QUEUE);
-        let thread = std::thread::Builder::new().name("raft-writer".into()).spawn(move || run(&disk, &queue))?;
-        Ok(Self { jobs: Mutex::new(Some(jobs)), thread: Mutex::new(Some(thread)) })
+    /// Starts the thread; where the runtime is alone, a task.
+    pub(crate) fn start(engine: Arc<dyn Engine>) -> Result<Self, io::Error> {
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        let writing = run(engine, queue);
+        let thread = if offload::is_alone() {
+            drop(tokio::spawn(writing));
+            None
+        } else {
+            let write = move || futures::executor::block_on(writing);
+            Some(std::thread::Builder::new().name("raft-writer".into()).spawn(write)?)
+        };
+        Ok(Self { jobs: Mutex::new(Some(jobs)), thread: Mutex::new(thread) })
     }
 
-    /// Queues a job. Blocks only while the queue is full, which means the disk is behind by a thousand jobs.
-    pub(crate) fn submit(&self, job: Job) -> Result<(), std::io::Error> {
-        let jobs = self.jobs.lock().clone();
-        let sent = jobs.and_then(|jobs| jobs.send(job).ok());
-        sent.ok_or_else(|| std::io::Error::other("the log writer has ended"))
+    /// Queues a job. Waits only while the queue is full, which means the disk is behind by a thousand jobs.
+    pub(crate) async fn submit(&self, job: Job) -> Result<(), io::Error> {
+        let ended = || io::Error::other("the log writer has ended");
+        let jobs = self.jobs.lock().clone().ok_or_else(ended)?;
+        jobs.send(job).await.map_err(|_| ended())
     }
 
     /// Ends the thread after what is queued.
@@ -70,83 +73,57 @@ impl Writer {
     }
 }
 
-fn run(disk: &Disk, queue: &Receiver<Job>) {
-    while let Ok(first) = queue.recv() {
-        let mut batch = WriteBatch::default();
+async fn run(engine: Arc<dyn Engine>, mut queue: mpsc::Receiver<Job>) {
+    let mut failure: Option<String> = None;
+    while let Some(first) = queue.recv().await {
+        let mut batch = Vec::new();
         let mut flushed = Vec::new();
         let mut sync = false;
-        let mut failure = None;
         let mut next = Some(first);
         while let Some(job) = next {
             sync |= !matches!(job, Job::Purge(..) | Job::Rows(..));
-            match add(disk, &mut batch, job) {
-                Ok(callback) => flushed.push(callback),
-                Err((callback, error)) => {
-                    failure = Some(error.to_string());
-                    flushed.push(callback);
-                }
-            }
+            flushed.push(add(&mut batch, job));
             next = queue.try_recv().ok();
         }
-        let mut options = WriteOptions::default();
-        options.set_sync(sync);
-        let result = match failure {
-            Some(failure) => Err(failure),
-            None => disk.db().write_opt(batch, &options).map_err(|error| error.to_string()),
-        };
-        if let Err(error) = &result {
+        // What follows a failed write could leave a hole in the log: nothing is written any more.
+        if failure.is_none()
+            && let Err(error) = engine.write(batch, sync).await
+        {
             tracing::error!(%error, "the database refused a write");
+            failure = Some(error.to_string());
         }
         for callback in flushed {
-            callback(result.clone().map_err(std::io::Error::other));
+            callback(failure.clone().map_or(Ok(()), |failure| Err(io::Error::other(failure))));
         }
     }
 }
 
-/// Adds a job to the batch; its callback comes back to be told.
-fn add(disk: &Disk, batch: &mut WriteBatch, job: Job) -> Result<Flushed, (Flushed, std::io::Error)> {
-    macro_rules! column {
-        ($column:expr, $flushed:ident) => {
-            match disk.column($column) {
-                Ok(column) => column,
-                Err(error) => return Err(($flushed, error)),
-            }
-        };
-    }
-    Ok(match job {
+/// Adds a job's changes to the batch; its callback comes back to be told.
+fn add(batch: &mut Vec<Change>, job: Job) -> Flushed {
+    let entries =
+        |from: u64, end: u64| Change::DeleteRange(Column::Log, from.to_be_bytes().to_vec(), end.to_be_bytes().to_vec());
+    match job {
         Job::Vote(vote, flushed) => {
-            batch.put_cf(column!(Column::Meta, flushed), VOTE, record::vote_to_wire(&vote).encode_to_vec());
+            batch.push(Change::Put(Column::Meta, VOTE.to_vec(), record::vote_to_wire(&vote).encode_to_vec()));
             flushed
         }
-        Job::Append(entries, flushed) => {
-            let log = column!(Column::Log, flushed);
-            for (index, bytes) in entries {
-                batch.put_cf(log, index.to_be_bytes(), bytes);
-            }
+        Job::Append(records, flushed) => {
+            let put = |(index, bytes): (u64, Vec<u8>)| Change::Put(Column::Log, index.to_be_bytes().to_vec(), bytes);
+            batch.extend(records.into_iter().map(put));
             flushed
         }
         Job::TruncateAfter(last, flushed) => {
-            let from = last.map_or(0, |last| last.saturating_add(1));
-            batch.delete_range_cf(column!(Column::Log, flushed), from.to_be_bytes(), u64::MAX.to_be_bytes());
+            batch.push(entries(last.map_or(0, |last| last.saturating_add(1)), u64::MAX));
             flushed
         }
         Job::Purge(upto, flushed) => {
-            let end = upto.index().saturating_add(1);
-            batch.delete_range_cf(column!(Column::Log, flushed), 0_u64.to_be_bytes(), end.to_be_bytes());
-            batch.put_cf(column!(Column::Meta, flushed), PURGED, record::log_id_to_wire(&upto).encode_to_vec());
+            batch.push(entries(0, upto.index().saturating_add(1)));
+            batch.push(Change::Put(Column::Meta, PURGED.to_vec(), record::log_id_to_wire(&upto).encode_to_vec()));
             flushed
         }
         Job::Rows(changes, flushed) => {
-            for change in changes {
-                match change {
-                    RowJob::Put(column, key, value) => batch.put_cf(column!(column, flushed), key, value),
-                    RowJob::Delete(column, key) => batch.delete_cf(column!(column, flushed), key),
-                    RowJob::Clear(column) => {
-                        batch.delete_range_cf(column!(column, flushed), [].as_slice(), [0xff_u8; 64].as_slice())
-                    }
-                }
-            }
+            batch.extend(changes);
             flushed
         }
-    })
+    }
 }

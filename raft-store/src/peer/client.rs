@@ -1,6 +1,7 @@
 //! The calling side.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream::BoxStream;
@@ -17,6 +18,8 @@ use openraft::{AnyError, OptionalSend};
 use proto::raft as wire;
 use proto::raft::raft_client::RaftClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tower::ServiceExt as _;
+use tower::util::BoxCloneSyncService;
 
 use super::snapshot;
 use crate::disk::OpenError;
@@ -86,16 +89,35 @@ impl std::fmt::Debug for PeerTls {
     }
 }
 
+/// A way to one peer for its gRPC calls.
+pub type PeerChannel =
+    BoxCloneSyncService<http::Request<tonic::body::Body>, http::Response<tonic::body::Body>, tonic::Status>;
+
+/// How peers are reached.
+pub trait Dial: Send + Sync + 'static {
+    /// A way to a member; it connects when it is first used and again whenever it must.
+    ///
+    /// # Errors
+    /// When the address or the certificates are unusable.
+    fn channel(&self, target: u64, address: &str) -> Result<PeerChannel, OpenError>;
+}
+
+impl Dial for PeerTls {
+    fn channel(&self, _: u64, address: &str) -> Result<PeerChannel, OpenError> {
+        Ok(BoxCloneSyncService::new(self.channel(address)?.map_err(|error| tonic::Status::from_error(error.into()))))
+    }
+}
+
 /// Makes the connections.
 pub(crate) struct PeerFactory {
-    pub(crate) tls: PeerTls,
+    pub(crate) peers: Arc<dyn Dial>,
 }
 
 impl RaftNetworkFactory<Config> for PeerFactory {
     type Network = Peer;
 
     async fn new_client(&mut self, target: u64, node: &PeerNode) -> Peer {
-        let channel = self.tls.channel(&node.peer_address);
+        let channel = self.peers.channel(target, &node.peer_address);
         if let Err(error) = &channel {
             tracing::error!(target, address = node.peer_address, %error, "this peer cannot be called");
         }
@@ -111,7 +133,7 @@ impl RaftNetworkFactory<Config> for PeerFactory {
 /// A connection to one peer.
 pub(crate) struct Peer {
     target: u64,
-    client: Option<RaftClient<Channel>>,
+    client: Option<RaftClient<PeerChannel>>,
     /// Streams that did not come about, in a row.
     failures: u32,
 }
@@ -130,7 +152,7 @@ fn failed(status: &tonic::Status) -> Rpc {
 }
 
 impl Peer {
-    fn client(&self) -> Result<RaftClient<Channel>, Rpc> {
+    fn client(&self) -> Result<RaftClient<PeerChannel>, Rpc> {
         self.client.clone().ok_or_else(|| unreachable("no channel"))
     }
 

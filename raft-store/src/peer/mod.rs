@@ -7,5 +7,5 @@ mod server;
 mod snapshot;
 
 pub(crate) use client::PeerFactory;
-pub use client::PeerTls;
+pub use client::{Dial, PeerChannel, PeerTls};
 pub(crate) use server::{Heard, PeerService};

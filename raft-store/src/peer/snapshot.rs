@@ -2,8 +2,10 @@
 //!
 //! The state is immutable, so that it is encoded while it is sent, and nothing waits for it.
 
+use std::ops::Bound;
 use std::sync::Arc;
 
+use datamodel::OpaqueRef;
 use futures::Stream;
 use prost::Message;
 use proto::raft as wire;
@@ -14,61 +16,113 @@ use crate::disk::RowLoader;
 use crate::machine::{StateSnapshot, head, tombstone_to_wire};
 use crate::record;
 use crate::row::LogIndex;
-use crate::state::State;
+use crate::state::{ChangeKey, State};
 use crate::types::{Snapshot, SnapshotMeta, Vote};
 
-const ROWS_IN_A_FRAME: usize = 128;
+const IN_A_FRAME: usize = 128;
 
 /// The frames of a snapshot, each made when it is asked for.
 pub(crate) fn frames(vote: Vote, snapshot: Snapshot) -> impl Stream<Item = wire::SnapshotFrame> + Send + 'static {
-    let (frames, receiver) = tokio::sync::mpsc::channel(8);
-    // Encoding is work for a thread of its own; a full channel holds it back, a closed one ends it.
-    tokio::task::spawn_blocking(move || send(vote, &snapshot, &frames));
-    tokio_stream::wrappers::ReceiverStream::new(receiver)
+    let frames = Frames { vote, snapshot, next: Next::Header, rows: 0, checksum: Checksum::default() };
+    futures::stream::iter(frames.map(|frame| wire::SnapshotFrame { frame: Some(frame) }))
 }
 
-fn send(vote: Vote, snapshot: &Snapshot, frames: &tokio::sync::mpsc::Sender<wire::SnapshotFrame>) {
-    let state = &snapshot.snapshot.0;
-    let put = |frame: Frame| frames.blocking_send(wire::SnapshotFrame { frame: Some(frame) }).is_ok();
-    let header = wire::SnapshotHeader {
-        format: FORMAT,
-        vote: Some(record::vote_to_wire(&vote)),
-        last: snapshot.meta.last_log_id.as_ref().map(record::log_id_to_wire),
-        membership: Some(record::stored_membership_to_wire(&snapshot.meta.last_membership)),
-        head: Some(head(state)),
-    };
-    if !put(Frame::Header(header)) {
-        return;
-    }
-    let mut checksum = Checksum::default();
-    let mut count = 0_u64;
-    let mut rows = Vec::with_capacity(ROWS_IN_A_FRAME);
-    for row in state.tables.iter().flat_map(|table| table.rows.values()) {
-        let stored = row_to_wire(row);
-        checksum.add(&stored);
-        count += 1;
-        rows.push(stored);
-        if rows.len() == ROWS_IN_A_FRAME
-            && !put(Frame::Rows(wire::RowBatch { rows: std::mem::take(&mut rows), ..Default::default() }))
-        {
-            return;
+/// A walk over a state, a frame at a time: what comes next is a place in it, so that nothing is held in between.
+struct Frames {
+    vote: Vote,
+    snapshot: Snapshot,
+    next: Next,
+    rows: u64,
+    checksum: Checksum,
+}
+
+enum Next {
+    Header,
+    /// Rows of the table of that number, after that reference.
+    Rows(usize, Bound<OpaqueRef>),
+    Tombstones(Bound<ChangeKey>),
+    /// Outcomes from this place in their order.
+    Outcomes(usize),
+    Over,
+}
+
+impl Iterator for Frames {
+    type Item = Frame;
+
+    fn next(&mut self) -> Option<Frame> {
+        match std::mem::replace(&mut self.next, Next::Over) {
+            Next::Header => {
+                self.next = Next::Rows(0, Bound::Unbounded);
+                Some(Frame::Header(self.header()))
+            }
+            Next::Rows(table, after) => Some(Frame::Rows(self.rows(table, after))),
+            Next::Tombstones(after) => Some(Frame::Rows(self.tombstones(after))),
+            Next::Outcomes(from) if from < self.state().remembered_order.len() => {
+                Some(Frame::Rows(self.outcomes(from)))
+            }
+            Next::Outcomes(_) => Some(Frame::End(wire::SnapshotEnd { rows: self.rows, checksum: self.checksum.0 })),
+            Next::Over => None,
         }
     }
-    let tombstones: Vec<_> = state.tombstones.keys().filter_map(|key| tombstone_to_wire(state, key)).collect();
-    let outcomes: Vec<_> = (0..)
-        .zip(&state.remembered_order)
-        .filter_map(|(sequence, id)| Some(outcome_to_wire(*id, sequence, state.remembered.get(id)?)))
-        .collect();
-    let mut batches = vec![wire::RowBatch { rows, ..Default::default() }];
-    batches
-        .extend(tombstones.chunks(4096).map(|part| wire::RowBatch { tombstones: part.to_vec(), ..Default::default() }));
-    batches.extend(outcomes.chunks(4096).map(|part| wire::RowBatch { outcomes: part.to_vec(), ..Default::default() }));
-    for batch in batches {
-        if !put(Frame::Rows(batch)) {
-            return;
+}
+
+impl Frames {
+    fn state(&self) -> Arc<State> {
+        Arc::clone(&self.snapshot.snapshot.0)
+    }
+
+    fn header(&self) -> wire::SnapshotHeader {
+        wire::SnapshotHeader {
+            format: FORMAT,
+            vote: Some(record::vote_to_wire(&self.vote)),
+            last: self.snapshot.meta.last_log_id.as_ref().map(record::log_id_to_wire),
+            membership: Some(record::stored_membership_to_wire(&self.snapshot.meta.last_membership)),
+            head: Some(head(&self.state())),
         }
     }
-    let _ = put(Frame::End(wire::SnapshotEnd { rows: count, checksum: checksum.0 }));
+
+    fn rows(&mut self, mut table: usize, mut after: Bound<OpaqueRef>) -> wire::RowBatch {
+        let state = self.state();
+        let mut rows = Vec::with_capacity(IN_A_FRAME);
+        while let Some(rest) = state.tables.get(table) {
+            for (reference, row) in rest.rows.range((after, Bound::Unbounded)).take(IN_A_FRAME - rows.len()) {
+                let stored = row_to_wire(row);
+                self.checksum.add(&stored);
+                self.rows += 1;
+                rows.push(stored);
+                after = Bound::Excluded(*reference);
+            }
+            if rows.len() == IN_A_FRAME {
+                self.next = Next::Rows(table, after);
+                return wire::RowBatch { rows, ..Default::default() };
+            }
+            (table, after) = (table + 1, Bound::Unbounded);
+        }
+        self.next = Next::Tombstones(Bound::Unbounded);
+        wire::RowBatch { rows, ..Default::default() }
+    }
+
+    fn tombstones(&mut self, mut after: Bound<ChangeKey>) -> wire::RowBatch {
+        let state = self.state();
+        let mut tombstones = Vec::with_capacity(IN_A_FRAME);
+        for (key, _) in state.tombstones.range((after, Bound::Unbounded)).take(IN_A_FRAME) {
+            tombstones.extend(tombstone_to_wire(&state, key));
+            after = Bound::Excluded(*key);
+        }
+        self.next = if tombstones.len() < IN_A_FRAME { Next::Outcomes(0) } else { Next::Tombstones(after) };
+        wire::RowBatch { tombstones, ..Default::default() }
+    }
+
+    fn outcomes(&mut self, from: usize) -> wire::RowBatch {
+        let state = self.state();
+        let end = state.remembered_order.len().min(from + IN_A_FRAME);
+        let outcome = |place: usize| {
+            let id = state.remembered_order.get(place)?;
+            Some(outcome_to_wire(*id, place as u64, state.remembered.get(id)?))
+        };
+        self.next = Next::Outcomes(end);
+        wire::RowBatch { outcomes: (from..end).filter_map(outcome).collect(), ..Default::default() }
+    }
 }
 
 /// FNV-1a over every row's bytes: TLS guards the way, this guards against our own mistakes.

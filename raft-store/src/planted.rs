@@ -1,0 +1,12 @@
+//! Mistakes made on purpose, to see that the simulation finds them. Nothing but a test of the tests plants one.
+
+/// A mistake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Planted {
+    /// Entries count as written before they are synced.
+    AcknowledgesBeforeSync,
+    /// Whoever believes to lead answers reads, without a proof.
+    ReadsWhileDeposed,
+    /// Deletions are forgotten after a few entries, and tokens from before them still accepted.
+    ForgetsTombstones,
+}
