@@ -107,6 +107,8 @@ pub enum Refusal {
     Forward(Member),
     /// Leadership moved meanwhile: decode and ask again.
     Retry,
+    /// The same, of a call that may have been done: its caller may no longer be told that nothing was.
+    Begun(Box<Self>),
 }
 
 /// What a message's function works with.
@@ -211,6 +213,7 @@ impl Call {
             }
             // Whoever asks again finds out.
             Err(CommitError::Unknown) if self.repeat.is_some() => {
+                self.wrote.store(true, Ordering::Relaxed);
                 Err(CommitError::NotLeader(NotLeader { leader: None }))
             }
             Err(error) => Err(error),
@@ -243,7 +246,7 @@ impl Call {
         self.stage.lock().clone()
     }
 
-    /// Whether anything was committed.
+    /// Whether anything was committed, or may have been.
     pub(crate) fn wrote(&self) -> bool {
         self.wrote.load(Ordering::Relaxed)
     }

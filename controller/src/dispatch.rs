@@ -25,9 +25,13 @@ pub(crate) async fn call(shared: &Arc<Shared>, request: Request) -> Result<Reply
     }
     let caller = request.caller.clone();
     let login = is_login(&request.method);
-    match serve(shared, request).await {
+    let mut begun = false;
+    match serve(shared, request, &mut begun).await {
         Ok(reply) => Ok(reply),
         Err(Failure::Api(error)) => Err(Refusal::Api(error)),
+        Err(Failure::NotLeader | Failure::Repeated) if begun => {
+            elsewhere(shared, &caller, login).await.map_err(|refusal| Refusal::Begun(Box::new(refusal)))
+        }
         Err(Failure::NotLeader | Failure::Repeated) => elsewhere(shared, &caller, login).await,
     }
 }
@@ -77,7 +81,7 @@ fn slave_of(leader: &Member) -> ApiError {
     errors::host_is_slave(leader.api_address.as_str())
 }
 
-async fn serve(shared: &Arc<Shared>, request: Request) -> Result<Reply, Failure> {
+async fn serve(shared: &Arc<Shared>, request: Request, begun: &mut bool) -> Result<Reply, Failure> {
     let (name, asynchronous) =
         match request.method.strip_prefix("Async.").or_else(|| request.method.strip_prefix("InternalAsync.")) {
             Some(name) => (name, true),
@@ -125,6 +129,7 @@ async fn serve(shared: &Arc<Shared>, request: Request) -> Result<Reply, Failure>
         };
     }
     let outcome = answer(&call, handler, arguments.values).await;
+    *begun = call.wrote();
     match &outcome {
         Ok(Reply::Value(value)) => repeats::end(&call, call.stage(), Ok(value)).await,
         Err(Failure::Api(error)) => repeats::end(&call, call.stage(), Err(error)).await,

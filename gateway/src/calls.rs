@@ -13,7 +13,7 @@ use raft_store::Member;
 use tracing::Instrument;
 
 use crate::body::Body;
-use crate::forward::{ForwardClient, Lost};
+use crate::forward::{ForwardClient, LONGEST, Lost};
 use crate::{jsonrpc, xmlrpc};
 
 /// A call that cannot be sent on waits this long for a master that can be reached.
@@ -21,6 +21,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(25);
 /// A master that has just been replaced may still answer what it did before.
 const LAST_WORD: Duration = Duration::from_millis(250);
+
+/// What a caller is told whose call may have been done.
+const LOST: &str = "the master was lost during the call: it was done wholly or not at all; look before repeating it";
+
+/// What a member answers that is not the master.
+const NOT_HERE: [&str; 2] = [errors::HOST_IS_SLAVE, errors::HOST_IN_EMERGENCY_MODE];
 
 /// Who answers calls.
 #[async_trait]
@@ -66,13 +72,16 @@ impl Answer {
         Self { status: 500, content_type: "text/html".into(), body: Bytes::from(text).into() }
     }
 
-    fn misdirected() -> Self {
-        Self { status: MISDIRECTED, content_type: String::new(), body: Body::default() }
+    fn not_here(begun: bool) -> Self {
+        let status = if begun { BEGUN } else { MISDIRECTED };
+        Self { status, content_type: String::new(), body: Body::default() }
     }
 }
 
 /// The status by which a member says to another that it is not the master.
 pub(crate) const MISDIRECTED: u16 = 421;
+/// The same, of a call that it may have done while it was.
+pub(crate) const BEGUN: u16 = 409;
 
 /// What it takes to answer a body.
 pub(crate) struct Server {
@@ -103,10 +112,13 @@ impl Server {
     pub(crate) async fn answer(&self, protocol: Protocol, body: Bytes, mut caller: Caller) -> Answer {
         // While the lead moves, members name a master that is gone already: looking again is safe as long as the
         // call was not sent.
-        let mut deadline = tokio::time::Instant::now() + PATIENCE;
+        let start = tokio::time::Instant::now();
+        let mut deadline = start + PATIENCE;
+        // What an earlier try of a change may have done; nobody may be told afterwards that nothing was.
+        let mut open = false;
         loop {
             let begun = tokio::time::Instant::now();
-            if begun >= deadline {
+            if begun >= deadline || start.elapsed() >= LONGEST {
                 break;
             }
             let decoded = match protocol {
@@ -128,11 +140,21 @@ impl Server {
             let span = tracing::info_span!("call", message = %method, peer = ?caller.peer);
             let request = Request { caller: caller.clone(), method, params };
             let call = AssertUnwindSafe(self.calls.call(request).instrument(span)).catch_unwind();
-            match call.await {
+            let outcome = match call.await {
+                Ok(Err(Refusal::Begun(refusal))) => {
+                    open = true;
+                    Ok(Err(*refusal))
+                }
+                outcome => outcome,
+            };
+            match outcome {
                 Ok(Ok(reply)) => return succeed(&envelope, reply),
                 // Another member took this host for the master: it looks again, and its client never knows.
-                Ok(Err(Refusal::Api(error))) if caller.forwarded && error.code == errors::HOST_IS_SLAVE => {
-                    return Answer::misdirected();
+                Ok(Err(Refusal::Api(error))) if caller.forwarded && NOT_HERE.contains(&error.code) => {
+                    return Answer::not_here(open);
+                }
+                Ok(Err(Refusal::Api(error))) if open && error.code == errors::HOST_IN_EMERGENCY_MODE => {
+                    return fail(&envelope, &errors::internal_error(LOST));
                 }
                 Ok(Err(Refusal::Api(error))) => return fail(&envelope, &error),
                 Ok(Err(Refusal::Forward(member))) => {
@@ -152,16 +174,16 @@ impl Server {
                         // A read, or a call that the next master knows again.
                         Err(Lost::Unknown(reason)) if effect != Effect::Unknowable => {
                             tracing::debug!(member = member.node_id, reason, "an answer was lost; asking again");
+                            open |= effect != Effect::None;
                             tokio::time::sleep(LOOK_AGAIN).await;
                         }
                         Err(Lost::Unknown(reason)) => {
                             tracing::warn!(member = member.node_id, reason, "the master's answer is lost");
-                            let lost = "the master was lost during the call: it was done wholly or not at all; look before repeating it";
-                            return fail(&envelope, &errors::internal_error(lost));
+                            return fail(&envelope, &errors::internal_error(LOST));
                         }
                     }
                 }
-                Ok(Err(Refusal::Retry)) => tokio::time::sleep(LOOK_AGAIN).await,
+                Ok(Err(Refusal::Retry | Refusal::Begun(_))) => tokio::time::sleep(LOOK_AGAIN).await,
                 Err(_) => {
                     tracing::error!("a call panicked");
                     return fail(&envelope, &errors::internal_error("a defect of the server; its log says more"));
@@ -172,12 +194,11 @@ impl Server {
                 deadline = tokio::time::Instant::now() + PATIENCE;
             }
         }
+        let error = if open { errors::internal_error(LOST) } else { errors::host_in_emergency_mode() };
         match protocol {
-            Protocol::XmlRpc => fail(&Envelope::Xml, &errors::host_in_emergency_mode()),
+            Protocol::XmlRpc => fail(&Envelope::Xml, &error),
             Protocol::JsonRpc => match jsonrpc::decode(&body) {
-                Ok(Decoded::Call { envelope, .. } | Decoded::Refused(_, envelope)) => {
-                    fail(&envelope, &errors::host_in_emergency_mode())
-                }
+                Ok(Decoded::Call { envelope, .. } | Decoded::Refused(_, envelope)) => fail(&envelope, &error),
                 Err(reason) => Answer::malformed(&reason),
             },
         }

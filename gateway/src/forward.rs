@@ -17,10 +17,11 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
 use crate::body::Body;
-use crate::calls::{Answer, Calls, MISDIRECTED, Protocol, Server};
+use crate::calls::{Answer, BEGUN, Calls, MISDIRECTED, Protocol, Server};
 
-/// A forwarded call may wait for events as long as a direct one; the peer's keep-alive notices a dead master.
-const LONGEST: Duration = Duration::from_secs(3700);
+/// A forwarded call may wait for events as long as a direct one; the peer's keep-alive notices a dead master. However
+/// many masters die over it, no call is asked again after this long.
+pub(crate) const LONGEST: Duration = Duration::from_secs(3700);
 const PIECE: usize = 256 << 10;
 const LARGEST_MESSAGE: usize = 16 << 20;
 
@@ -155,8 +156,10 @@ impl Forward for Receiver {
             idempotency_key: Some(call.idempotency_key).filter(|key| !key.is_empty()),
         };
         let answer = self.server.answer(protocol, call.body, caller).await;
-        if answer.status == MISDIRECTED {
-            return Err(Status::failed_precondition("this member is not the master"));
+        match answer.status {
+            MISDIRECTED => return Err(Status::failed_precondition("this member is not the master")),
+            BEGUN => return Err(Status::aborted("this member is the master no more")),
+            _ => {}
         }
         let head = AnswerPart { status: answer.status.into(), content_type: answer.content_type, body: Bytes::new() };
         let parts = answer.body.flat_map(|mut piece| {

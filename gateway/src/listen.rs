@@ -10,8 +10,9 @@ use controller::Transport;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -68,6 +69,12 @@ pub struct Gateway {
 const HEADER_LIMIT: Duration = Duration::from_secs(60);
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 const LARGEST_HEAD: usize = 64 << 10;
+/// A client that has been silent for so long is asked whether it is there …
+const SILENCE: Duration = Duration::from_secs(30);
+/// … and this often from then on.
+const PROBE: Duration = Duration::from_secs(5);
+/// What was sent must be acknowledged within this, and taken.
+const STUCK: Duration = Duration::from_secs(60);
 /// Calls that are under way when the end comes have this long.
 const GRACE: Duration = Duration::from_secs(3);
 
@@ -157,6 +164,9 @@ async fn accept_tcp(shared: Shared, listener: TcpListener, tls: Option<TlsAccept
         };
         // Without it small answers wait for acknowledgements.
         let _ = stream.set_nodelay(true);
+        if let Err(error) = notice_the_dead(&stream) {
+            tracing::debug!(%error, ?peer, "this connection is not watched");
+        }
         let origin = Origin { transport: Transport::Tcp, peer: Some(peer.ip()) };
         let (shared_by, tls) = (shared.clone(), tls.clone());
         shared.tasks.spawn(async move {
@@ -171,6 +181,14 @@ async fn accept_tcp(shared: Shared, listener: TcpListener, tls: Option<TlsAccept
             drop(room);
         });
     }
+}
+
+/// A client whose machine is gone, or that takes no more of its answer, does not keep its connection for ever: neither
+/// while it waits for events, when nothing is sent, nor while an answer is on its way.
+fn notice_the_dead(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(SILENCE).with_interval(PROBE))?;
+    socket.set_tcp_user_timeout(Some(STUCK))
 }
 
 async fn accept_unix(shared: Shared, listener: UnixListener) {
@@ -212,5 +230,26 @@ async fn connection(shared: Shared, stream: impl AsyncRead + AsyncWrite + Unpin 
     }
     if tokio::time::timeout(GRACE, connection).await.is_err() {
         tracing::debug!("a connection was cut off");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_is_given_up_when_its_client_is_gone_or_takes_no_more() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let (stream, _) = accepted.unwrap();
+        notice_the_dead(&stream).unwrap();
+        let socket = SockRef::from(&stream);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), SILENCE);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), PROBE);
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(STUCK));
+        drop(client);
     }
 }

@@ -46,6 +46,13 @@ async fn an_xml_failure_describes_the_error_escaped() {
 }
 
 #[tokio::test]
+async fn who_may_have_been_served_is_not_told_that_nothing_was_done() {
+    let running = Running::plain().await;
+    let answer = running.post("/", call("begun", "")).await;
+    assert!(answer.body.contains("INTERNAL_ERROR") && answer.body.contains("look before repeating"), "{}", answer.body);
+}
+
+#[tokio::test]
 async fn an_unknown_method_is_named() {
     let running = Running::plain().await;
     let answer = running.post("/", call("VM.fly", "")).await;

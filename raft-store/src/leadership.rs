@@ -105,7 +105,7 @@ pub(crate) async fn follow(
             changed = metrics.changed() => if changed.is_err() { return },
             changed = office.changed() => if changed.is_err() { return },
             // A lease ends by itself.
-            () = tokio::time::sleep(lease.length / 2) => {}
+            () = tokio::time::sleep(lease.length / 4) => {}
         }
     }
 }
@@ -131,8 +131,8 @@ fn judge(
         return Leadership::Electing;
     }
     match metrics.current_leader {
-        // A leader that has been silent for two leases leads nobody: who asks for it should wait for the next one.
-        Some(id) if id != this && heard.silence() < lease.length * 2 => {
+        // A leader that has been silent for a lease leads nobody: who asks for it should wait for the next one.
+        Some(id) if id != this && heard.silence() < lease.length => {
             match metrics.membership_config.membership().get_node(&id) {
                 Some(node) => Leadership::Follower { leader: Member::new(id, node) },
                 None => Leadership::Electing,

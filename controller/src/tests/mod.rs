@@ -127,7 +127,7 @@ impl Pool {
             match self.controller.call(request).await {
                 Ok(reply) => return Ok(reply),
                 Err(Refusal::Api(error)) => return Err(error),
-                Err(Refusal::Retry | Refusal::Forward(_)) => {
+                Err(Refusal::Retry | Refusal::Forward(_) | Refusal::Begun(_)) => {
                     assert!(tokio::time::Instant::now() < give_up, "{method}: nobody leads");
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }

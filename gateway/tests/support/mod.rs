@@ -81,6 +81,7 @@ impl Calls for Stub {
                 peer_address: "127.0.0.1:1".into(),
                 api_address: "127.0.0.1".into(),
             })),
+            "begun" => Err(Refusal::Begun(Box::new(Refusal::Api(errors::host_in_emergency_mode())))),
             "waits" => {
                 self.begun.notify_one();
                 self.go_on.notified().await;
