@@ -1,14 +1,22 @@
 //! Time, as far as the pool's rows know it: passed in, so that a simulation has its own.
 
-use datamodel::Timestamp;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
-/// A source of wall-clock time.
+use datamodel::Timestamp;
+use parking_lot::Mutex;
+
+/// A source of time.
 pub trait Clock: Send + Sync + 'static {
-    /// Whole seconds, UTC.
+    /// What the machine's clock on the wall shows, in whole seconds, UTC. It may be set, and then it jumps.
     fn now(&self) -> Timestamp;
+
+    /// Time since some moment in the past. It never jumps.
+    fn steady(&self) -> Duration;
 }
 
-/// The machine's clock.
+/// The machine's clocks.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;
 
@@ -16,5 +24,80 @@ impl Clock for SystemClock {
     fn now(&self) -> Timestamp {
         let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         Timestamp(i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX))
+    }
+
+    fn steady(&self) -> Duration {
+        static START: OnceLock<Instant> = OnceLock::new();
+        START.get_or_init(Instant::now).elapsed()
+    }
+}
+
+/// The file of a wrong clock is looked at no more often.
+const READ_AGAIN: Duration = Duration::from_millis(20);
+
+/// A clock that is wrong on order, for tests of what depends on none: the machine's, and a number of seconds that a file
+/// says. No file, no seconds.
+pub struct WrongClock {
+    path: PathBuf,
+    read: Mutex<Option<(Instant, i64)>>,
+}
+
+impl WrongClock {
+    /// As wrong as that file says.
+    #[must_use]
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, read: Mutex::new(None) }
+    }
+
+    fn offset(&self) -> i64 {
+        let mut read = self.read.lock();
+        match *read {
+            Some((when, offset)) if when.elapsed() < READ_AGAIN => offset,
+            _ => {
+                let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+                let offset = text.trim().parse().unwrap_or(0);
+                *read = Some((Instant::now(), offset));
+                offset
+            }
+        }
+    }
+}
+
+impl Clock for WrongClock {
+    fn now(&self) -> Timestamp {
+        Timestamp(SystemClock.now().0.saturating_add(self.offset()))
+    }
+
+    fn steady(&self) -> Duration {
+        SystemClock.steady()
+    }
+}
+
+/// The time by which sessions, tasks and answers grow old in one term of office.
+///
+/// It starts where the pool's last entry was, as far as the wall does not say less, and goes on steadily. So neither a
+/// clock that is set forward, nor a new master whose clock is ahead of the last one's, ends anything before its time;
+/// what grows old while nobody leads is only kept for longer.
+#[derive(Debug, Default)]
+pub(crate) struct Office {
+    taken: Mutex<Option<(Timestamp, Duration)>>,
+}
+
+impl Office {
+    /// A term begins; `last` is the time of the newest entry.
+    pub(crate) fn take(&self, clock: &dyn Clock, last: Timestamp) {
+        *self.taken.lock() = Some((clock.now().min(last), clock.steady()));
+    }
+
+    /// The present, for the question whether something is over.
+    pub(crate) fn now(&self, clock: &dyn Clock) -> Timestamp {
+        let wall = clock.now();
+        match *self.taken.lock() {
+            Some((began, steady)) => {
+                let passed = clock.steady().saturating_sub(steady).as_secs();
+                wall.min(Timestamp(began.0.saturating_add(i64::try_from(passed).unwrap_or(i64::MAX))))
+            }
+            None => wall,
+        }
     }
 }

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::agent::Agents;
 use crate::call::{Refusal, Reply, Request};
-use crate::clock::Clock;
+use crate::clock::{Clock, Office};
 use crate::first_boot::Guest;
 use crate::{dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
 
@@ -41,6 +41,7 @@ pub(crate) struct Shared {
     pub(crate) store: Store,
     pub(crate) config: ControllerConfig,
     pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) office: Office,
     pub(crate) agents: Agents,
     pub(crate) sessions: sessions::Activity,
     pub(crate) tasks: tasks::Running,
@@ -54,6 +55,11 @@ impl Shared {
 
     pub(crate) fn now(&self) -> Timestamp {
         self.clock.now()
+    }
+
+    /// The present, for the question whether something is over; a clock that was set has no say in it.
+    pub(crate) fn grown(&self) -> Timestamp {
+        self.office.now(&*self.clock)
     }
 
     pub(crate) fn transaction(&self) -> Transaction {
@@ -83,6 +89,7 @@ impl Controller {
             store,
             config,
             clock,
+            office: Office::default(),
             agents,
             sessions: sessions::Activity::default(),
             tasks: tasks::Running::default(),
@@ -137,20 +144,23 @@ impl Controller {
                 let term = CancellationToken::new();
                 let chores = lead(shared, epoch, term.clone());
                 tokio::pin!(chores);
-                tokio::select! {
-                    () = &mut chores => {}
-                    _ = changed => {}
-                    () = shared.shutdown.cancelled() => {}
-                }
+                let goes_on = tokio::select! {
+                    () = &mut chores => true,
+                    goes_on = changed => goes_on,
+                    () = shared.shutdown.cancelled() => false,
+                };
                 term.cancel();
-            } else {
-                tokio::select! {
-                    _ = changed => {}
-                    () = shared.shutdown.cancelled() => {}
+                if !goes_on {
+                    return;
                 }
-            }
-            if shared.shutdown.is_cancelled() {
-                return;
+            } else {
+                let goes_on = tokio::select! {
+                    goes_on = changed => goes_on,
+                    () = shared.shutdown.cancelled() => false,
+                };
+                if !goes_on {
+                    return;
+                }
             }
         }
     }
@@ -168,6 +178,7 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
         tracing::warn!(?error, "the pool does not show its master yet");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    shared.office.take(&*shared.clock, shared.store.state().clock());
     shared.sessions.forget();
     tokio::join!(
         reconcile::run(shared, epoch, term.clone()),

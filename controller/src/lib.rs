@@ -25,7 +25,7 @@ mod tests;
 
 pub use agent::{Agent, AgentError, Agents};
 pub use call::{Caller, Event, EventBatch, Refusal, Reply, Request, Transport};
-pub use clock::{Clock, SystemClock};
+pub use clock::{Clock, SystemClock, WrongClock};
 pub use controller::{Controller, ControllerConfig};
 pub use first_boot::{Guest, InitialMember};
 pub use repeats::OWN_KEY;

@@ -306,7 +306,7 @@ pub(crate) async fn collect(shared: &Arc<Shared>) {
 
 pub(crate) async fn pass(shared: &Arc<Shared>) -> Served<()> {
     let state = shared.store.read().await?;
-    let now = shared.now();
+    let now = shared.grown();
     let mut kept = Vec::new();
     let mut change = shared.transaction();
     for row in state.all::<Answer>().filter(|row| row.get(answer::STATE) != OPEN) {

@@ -137,7 +137,7 @@ pub(crate) async fn collect(shared: &Arc<Shared>) {
 
 pub(crate) async fn pass(shared: &Arc<Shared>) -> Served<()> {
     let state = shared.store.read().await?;
-    let now = shared.now();
+    let now = shared.grown();
     shared.sessions.keep(&state);
     let mut groups: HashMap<String, Vec<(Timestamp, Ref<Session>)>> = HashMap::new();
     let mut change = shared.transaction();

@@ -239,7 +239,7 @@ pub(crate) async fn collect(shared: &Arc<Shared>) {
 
 pub(crate) async fn pass(shared: &Arc<Shared>) -> Served<()> {
     let state = shared.store.read().await?;
-    let now = shared.now();
+    let now = shared.grown();
     let mut change = shared.transaction();
     let mut completed = Vec::new();
     let mut total = 0;
@@ -250,7 +250,7 @@ pub(crate) async fn pass(shared: &Arc<Shared>) -> Served<()> {
             let old = now.0 - row.get(task::CREATED).0 > KEPT_PENDING_SECONDS;
             if old && !shared.tasks.runs(reference) {
                 let lost = errors::internal_error("the task made no progress for a day");
-                finish(&mut change, reference, Err(&lost), now);
+                finish(&mut change, reference, Err(&lost), shared.now());
             }
         } else {
             completed.push((row.get(task::FINISHED), reference));

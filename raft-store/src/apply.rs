@@ -9,7 +9,7 @@ use std::sync::Arc;
 use datamodel::{ClassId, Key, OpaqueRef, Relation, Set, Timestamp, Value};
 
 use crate::row::{LogIndex, Row, edited};
-use crate::state::{HISTORY_ENTRIES, HISTORY_SECONDS, Outcome, REMEMBERED_TRANSACTIONS, State, Table, Tombstone};
+use crate::state::{History, Outcome, REMEMBERED_TRANSACTIONS, State, Table, Tombstone};
 use crate::transaction::{Conflict, Expectation, Transaction, Write};
 
 /// Rows that an entry touched, so that they can be written to disk.
@@ -20,16 +20,21 @@ pub(crate) fn apply(state: &mut State, index: LogIndex, transaction: &Transactio
     if let Some(outcome) = state.remembered.get(&transaction.id) {
         return outcome.clone();
     }
-    state.clock = state.clock.max(transaction.time);
+    state.tick(transaction.time);
     let outcome = check(state, transaction).and_then(|()| write_all(state, index, transaction, dirty));
     remember(state, transaction, &outcome);
     outcome
 }
 
 /// Moves the end of history; called once for each entry, after its transactions.
-pub(crate) fn trim_history(state: &mut State, index: LogIndex, trimmed: &mut Vec<(LogIndex, ClassId, OpaqueRef)>) {
-    let oldest_time = Timestamp(state.clock.0.saturating_sub(HISTORY_SECONDS));
-    let oldest_index = LogIndex(index.0.saturating_sub(HISTORY_ENTRIES));
+pub(crate) fn trim_history(
+    state: &mut State,
+    index: LogIndex,
+    history: History,
+    trimmed: &mut Vec<(LogIndex, ClassId, OpaqueRef)>,
+) {
+    let oldest_time = Timestamp(state.age.0.saturating_sub(history.seconds));
+    let oldest_index = LogIndex(index.0.saturating_sub(history.entries));
     while let Some((key, tombstone)) = state.tombstones.get_min().copied() {
         if key.0 >= oldest_index || tombstone.time >= oldest_time {
             break;
@@ -119,7 +124,8 @@ fn find(state: &State, class: ClassId, reference: OpaqueRef) -> Result<&Arc<Row>
 }
 
 fn write_all(state: &mut State, index: LogIndex, transaction: &Transaction, dirty: &mut Dirty) -> Outcome {
-    let mut editor = Editor { state, index, time: transaction.time, dirty };
+    let time = state.age;
+    let mut editor = Editor { state, index, time, dirty };
     for write in &transaction.writes {
         match write {
             Write::Insert(class, reference, fields) => editor.insert(*class, *reference, fields),
@@ -151,6 +157,7 @@ fn write_all(state: &mut State, index: LogIndex, transaction: &Transaction, dirt
 struct Editor<'a> {
     state: &'a mut State,
     index: LogIndex,
+    /// The log's time.
     time: Timestamp,
     dirty: &'a mut Dirty,
 }

@@ -29,7 +29,7 @@ use crate::disk::{Change, Column, Job, STATE, Stored, Writer};
 use crate::planted::Planted;
 use crate::record;
 use crate::row::LogIndex;
-use crate::state::{ChangeKey, State};
+use crate::state::{ChangeKey, History, State};
 use crate::types::{Config, LogId, Outcomes, Snapshot, SnapshotMeta, StoredMembership};
 
 /// A snapshot: nothing but a state, and what it was made of.
@@ -45,6 +45,7 @@ pub(crate) struct Machine {
     pub(crate) applied: watch::Sender<LogIndex>,
     /// The index of the newest entry that took office in its term, by term: `(term, index)`.
     pub(crate) office: watch::Sender<(u64, LogIndex)>,
+    history: History,
     writer: Arc<Writer>,
     planted: Option<Planted>,
     inner: Mutex<Inner>,
@@ -66,7 +67,7 @@ struct Inner {
 }
 
 impl Machine {
-    pub(crate) fn new(stored: Stored, writer: Arc<Writer>, planted: Option<Planted>) -> Self {
+    pub(crate) fn new(stored: Stored, history: History, writer: Arc<Writer>, planted: Option<Planted>) -> Self {
         let remembered = stored.state.remembered_order.len() as u64;
         let (applied, _) = watch::channel(stored.state.applied);
         let (office, _) = watch::channel((0, LogIndex(0)));
@@ -75,6 +76,7 @@ impl Machine {
             applied,
             office,
             handover: tokio::sync::Mutex::new(()),
+            history,
             writer,
             planted,
             inner: Mutex::new(Inner {
@@ -98,6 +100,14 @@ impl Machine {
         let (done, outcome) = oneshot::channel();
         self.writer.submit(Job::Rows(changes, Box::new(move |result| drop(done.send(result))))).await?;
         drop(order);
+        outcome.await.map_err(io::Error::other)?
+    }
+
+    /// Writes what has changed, and syncs it: for what no log can bring back.
+    pub(crate) async fn persist_for_good(&self) -> Result<(), io::Error> {
+        self.persist().await?;
+        let (done, outcome) = oneshot::channel();
+        self.writer.submit(Job::Sync(Box::new(move |result| drop(done.send(result))))).await?;
         outcome.await.map_err(io::Error::other)?
     }
 
@@ -175,7 +185,13 @@ impl Inner {
 }
 
 pub(crate) fn head(state: &State) -> wire::StateHead {
-    wire::StateHead { applied: state.applied.0, clock: state.clock.0, oldest_token: state.oldest_token.0 }
+    wire::StateHead {
+        applied: state.applied.0,
+        clock: state.clock.0,
+        oldest_token: state.oldest_token.0,
+        age: state.age.0,
+        age_read: state.age_read.0,
+    }
 }
 
 fn row_key(class: ClassId, reference: OpaqueRef) -> Vec<u8> {
@@ -257,7 +273,7 @@ impl RaftStateMachine<Config> for StateMachine {
                         }
                         outcomes.0.push(apply(&mut state, index, transaction, &mut dirty));
                     }
-                    trim_history(&mut state, index, &mut trimmed);
+                    trim_history(&mut state, index, self.0.history, &mut trimmed);
                     if self.0.planted == Some(Planted::ForgetsTombstones) {
                         state.tombstones = state
                             .tombstones
@@ -316,7 +332,8 @@ impl RaftStateMachine<Config> for StateMachine {
             inner.replaced = true;
             self.0.state.store(snapshot.0);
         }
-        self.0.persist().await?;
+        // The leader counts on it from now on, and the entries that made it may never come here.
+        self.0.persist_for_good().await?;
         self.0.applied.send_replace(applied);
         // Entries of this term are in it, though it does not say which was the first.
         if let Some(last) = &meta.last_log_id {

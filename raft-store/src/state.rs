@@ -13,10 +13,25 @@ use uuid::Uuid;
 use crate::row::{LogIndex, Row};
 use crate::transaction::Conflict;
 
-/// Tombstones live at least this long, in seconds of the log's time.
-pub(crate) const HISTORY_SECONDS: i64 = 3600;
-/// … and at least this many entries.
-pub(crate) const HISTORY_ENTRIES: u64 = 100_000;
+/// The log's time goes on by no more than this with one entry: whatever jumps a leader's clock makes, an hour of history
+/// is an hour. Where entries are seldom, history is kept for longer than it need be.
+const LONGEST_STEP: i64 = 60;
+
+/// How far back deletions are remembered, so that who was away can be told of them: whichever reaches further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct History {
+    /// At least so many entries.
+    pub entries: u64,
+    /// At least so many seconds of the log's time.
+    pub seconds: i64,
+}
+
+impl Default for History {
+    fn default() -> Self {
+        Self { entries: 100_000, seconds: 3600 }
+    }
+}
+
 /// So many transaction ids are remembered, so that a repeated one is answered and not applied again.
 pub(crate) const REMEMBERED_TRANSACTIONS: usize = 100_000;
 
@@ -45,6 +60,10 @@ pub struct State {
     /// The last entry in it.
     pub applied: LogIndex,
     pub(crate) clock: Timestamp,
+    /// The log's own time, by which history is measured.
+    pub(crate) age: Timestamp,
+    /// The leader's clock as `age` was last moved by it.
+    pub(crate) age_read: Timestamp,
     pub(crate) tables: Vec<Arc<Table>>,
     pub(crate) changes: OrdMap<ChangeKey, ()>,
     pub(crate) tombstones: OrdMap<ChangeKey, Tombstone>,
@@ -84,6 +103,8 @@ impl Default for State {
         Self {
             applied: LogIndex(0),
             clock: Timestamp::EPOCH,
+            age: Timestamp::EPOCH,
+            age_read: Timestamp::EPOCH,
             tables: model().classes().iter().map(|_| Arc::new(Table::default())).collect(),
             changes: OrdMap::new(),
             tombstones: OrdMap::new(),
@@ -95,6 +116,29 @@ impl Default for State {
 }
 
 impl State {
+    /// Goes on where a stored or sent state was.
+    pub(crate) fn resume(&mut self, head: &proto::raft::StateHead) {
+        self.applied = LogIndex(head.applied);
+        self.clock = Timestamp(head.clock);
+        self.age = Timestamp(head.age);
+        self.age_read = Timestamp(head.age_read);
+        self.oldest_token = LogIndex(head.oldest_token);
+    }
+
+    /// Moves the clocks on by an entry of that time.
+    pub(crate) fn tick(&mut self, time: Timestamp) {
+        self.clock = self.clock.max(time);
+        if self.age == Timestamp::EPOCH {
+            (self.age, self.age_read) = (time, time);
+        }
+        let step = time.0.saturating_sub(self.age_read.0);
+        // A little back is a transaction that was made before another and written after it.
+        if !(-LONGEST_STEP..=0).contains(&step) {
+            self.age = Timestamp(self.age.0.saturating_add(step.clamp(0, LONGEST_STEP)));
+            self.age_read = time;
+        }
+    }
+
     pub(crate) fn table(&self, class: ClassId) -> Option<&Table> {
         self.tables.get(usize::from(class.0)).map(Arc::as_ref)
     }
@@ -179,7 +223,7 @@ impl State {
         self.oldest_token
     }
 
-    /// The greatest time that any entry carried.
+    /// The greatest time that any entry carried, as its leader's clock had it.
     #[must_use]
     pub const fn clock(&self) -> Timestamp {
         self.clock

@@ -14,7 +14,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::disk::{Disk, Engine, OpenError, Rocks, Writer};
+use crate::disk::{self, Disk, Engine, OpenError, Opened, Writer};
+use crate::fence::{Fence, Stage};
 use crate::leadership::{self, Leadership};
 use crate::log::LogStore;
 use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
@@ -22,8 +23,9 @@ use crate::offload;
 use crate::peer::{Dial, Heard, PeerFactory, PeerService, PeerTls};
 use crate::planted::Planted;
 use crate::proposer::{self, Proposal, Unanswered};
+use crate::readmit;
 use crate::row::LogIndex;
-use crate::state::State;
+use crate::state::{History, State};
 use crate::transaction::{Conflict, Transaction};
 use crate::types::{PeerNode, Raft};
 
@@ -44,6 +46,8 @@ pub struct StoreConfig {
     pub snapshot_every: u64,
     /// So many entries stay in the log behind a snapshot, for peers that are a little behind.
     pub keep_entries: u64,
+    /// How long deletions are remembered; the same on every member, or they come to differ.
+    pub history: History,
     /// A commit whose fate is not known after this long is answered so.
     pub commit_limit: Duration,
     /// A mistake that a test of the tests wants to be found; else none.
@@ -62,6 +66,7 @@ impl StoreConfig {
             election: (Duration::from_millis(150), Duration::from_millis(300)),
             snapshot_every: 20_000,
             keep_entries: 10_000,
+            history: History::default(),
             commit_limit: Duration::from_secs(10),
             planted: None,
         }
@@ -125,6 +130,7 @@ struct Shared {
     raft: Raft,
     service: PeerService,
     machine: Arc<Machine>,
+    fence: Arc<Fence>,
     writer: Arc<Writer>,
     proposals: mpsc::Sender<Proposal>,
     leadership: watch::Receiver<Leadership>,
@@ -146,9 +152,9 @@ impl Store {
         std::fs::create_dir_all(&config.dir)
             .map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
         let dir = config.dir.clone();
-        let rocks = offload::blocking(move || Rocks::open(&dir)).await.map_err(stopped)??;
+        let opened = offload::blocking(move || disk::open(&dir)).await.map_err(stopped)??;
         let peers = Arc::new(config.tls.clone());
-        Self::open_on(config, Arc::new(rocks), peers).await
+        Self::start(config, opened, peers).await
     }
 
     /// Opens a store on a disk and a network that are given; its folder and certificates are not used.
@@ -163,16 +169,24 @@ impl Store {
         let disk = Disk::new(engine);
         let reading = disk.clone();
         let stored = offload::blocking(move || reading.load()).await.map_err(stopped)??;
+        Self::start(config, Opened { disk, stored, fence: Fence::none() }, peers).await
+    }
+
+    async fn start(config: StoreConfig, opened: Opened, peers: Arc<dyn Dial>) -> Result<Self, OpenError> {
+        let Opened { disk, stored, fence } = opened;
+        let fence = Arc::new(fence);
         let writer = Arc::new(Writer::start(disk.engine()).map_err(stopped)?);
         let log = LogStore::open(disk, Arc::clone(&writer), config.planted).map_err(stopped)?;
-        let machine = Arc::new(Machine::new(stored, Arc::clone(&writer), config.planted));
-        let raft_config = Arc::new(raft_config(&config)?);
-        let network = PeerFactory { peers };
+        let machine = Arc::new(Machine::new(stored, config.history, Arc::clone(&writer), config.planted));
+        let whole = fence.stage() == Stage::Lifted;
+        let raft_config = Arc::new(openraft::Config { enable_elect: whole, ..raft_config(&config)? });
+        let (telling, losses) = mpsc::channel(readmit::WAITING);
+        let network = PeerFactory { peers: Arc::clone(&peers), losses: telling };
         let raft = Raft::new(config.node_id, raft_config, network, log, StateMachine(Arc::clone(&machine)))
             .await
             .map_err(|error| OpenError::Consensus(error.to_string()))?;
         let heard = Heard::new();
-        let service = PeerService { raft: Arc::new(OnceLock::new()), heard: heard.clone() };
+        let service = PeerService { raft: Arc::new(OnceLock::new()), heard: heard.clone(), fence: Arc::clone(&fence) };
         let _ = service.raft.set(raft.clone());
 
         let mut tasks = JoinSet::new();
@@ -189,12 +203,17 @@ impl Store {
         let (proposals, queue) = mpsc::channel(WAITING_COMMITS);
         tasks.spawn(proposer::run(raft.clone(), machine.office.subscribe(), queue));
         tasks.spawn(persist(Arc::clone(&machine)));
+        tasks.spawn(readmit::run(raft.clone(), peers, losses));
+        if !whole {
+            tasks.spawn(readmit::lift(raft.clone(), Arc::clone(&machine), Arc::clone(&fence)));
+        }
         let commit_limit = config.commit_limit;
         let shared = Shared {
             node_id: config.node_id,
             raft,
             service,
             machine,
+            fence,
             writer,
             proposals,
             leadership,
@@ -211,11 +230,20 @@ impl Store {
     /// # Errors
     /// What openraft says against it.
     pub async fn initialize(&self, members: &[Member]) -> Result<(), OpenError> {
+        if self.shared.fence.stage() != Stage::Lifted {
+            return Ok(());
+        }
         if self.shared.raft.is_initialized().await.map_err(|error| OpenError::Consensus(error.to_string()))? {
             return Ok(());
         }
         let nodes: BTreeMap<u64, PeerNode> = members.iter().map(|member| (member.node_id, member.node())).collect();
         self.shared.raft.initialize(nodes).await.map_err(|error| OpenError::Consensus(error.to_string()))
+    }
+
+    /// Whether this node has lost its database and its peers have not yet made up for it.
+    #[must_use]
+    pub fn is_fenced(&self) -> bool {
+        self.shared.fence.stage() != Stage::Lifted
     }
 
     /// The gRPC service that peers call; to be served with mutual TLS.

@@ -203,3 +203,43 @@ async fn readers_of_one_registration_share_its_events() {
     assert_eq!(told.len(), 2);
     assert!(told[0] < told[1], "both readers were told the same");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_good_as_long_as_history_is_kept_and_is_refused_beyond_it() {
+    const HOUR: i64 = 3600;
+    let pool = Pool::remembering(raft_store::History { entries: 50, seconds: HOUR }).await;
+    let vms = [pool.vm("first to go").await.to_string(), pool.vm("last to go").await.to_string()];
+    let busy = pool.vm("changed meanwhile").await.to_string();
+    let token = pool.events(&["vm"], "", 0.0).await.unwrap().token;
+    pool.ask("VM.destroy", vec![text(&vms[0])]).await.unwrap();
+    let changes = async |count: i64, seconds: i64| {
+        for number in 0..count {
+            pool.clock.advance(seconds);
+            pool.ask("VM.set_name_description", vec![text(&busy), text(number.to_string())]).await.unwrap();
+        }
+    };
+    let deletions = async || {
+        let batch = pool.events(&["vm"], &token, 0.0).await?;
+        Ok::<_, datamodel::ApiError>(batch.events.iter().filter(|event| event.operation == "del").count())
+    };
+    // Many changes within the hour: the hour counts.
+    changes(60, 1).await;
+    assert_eq!(deletions().await.unwrap(), 1);
+    // A clock that is set forward makes nothing older than it is.
+    pool.clock.set_by(100 * HOUR);
+    changes(1, 0).await;
+    pool.clock.set_by(-100 * HOUR);
+    changes(10, 1).await;
+    assert_eq!(deletions().await.unwrap(), 1);
+    // Hours and few changes: the changes count.
+    pool.ask("VM.destroy", vec![text(&vms[1])]).await.unwrap();
+    let second = pool.events(&["vm"], "", 0.0).await.unwrap().token;
+    changes(40, 60).await;
+    assert_eq!(deletions().await.unwrap(), 2);
+    // Both are exceeded for the first deletion.
+    changes(40, 60).await;
+    assert_eq!(deletions().await.unwrap_err().code, "EVENTS_LOST");
+    let since = pool.events(&["vm"], &second, 0.0).await.unwrap();
+    assert_eq!(told(&since.events, &busy), ["mod"]);
+    assert_eq!(told(&pool.events(&["vm"], "", 0.0).await.unwrap().events, &vms[0]), [""; 0]);
+}

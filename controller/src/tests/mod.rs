@@ -29,18 +29,32 @@ use crate::{Agents, Clock, Controller, ControllerConfig, Guest, InitialMember, c
 pub(crate) const PASSWORD: &str = "a good password";
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A clock that stands still until it is moved.
-pub(crate) struct HandClock(AtomicI64);
+/// Clocks that stand still until they are moved: the one on the wall, and the steady one.
+pub(crate) struct HandClock {
+    wall: AtomicI64,
+    steady: AtomicI64,
+}
 
 impl HandClock {
+    /// Time passes.
     pub(crate) fn advance(&self, seconds: i64) {
-        self.0.fetch_add(seconds, Ordering::Relaxed);
+        self.set_by(seconds);
+        self.steady.fetch_add(seconds, Ordering::Relaxed);
+    }
+
+    /// Somebody sets the clock on the wall.
+    pub(crate) fn set_by(&self, seconds: i64) {
+        self.wall.fetch_add(seconds, Ordering::Relaxed);
     }
 }
 
 impl Clock for HandClock {
     fn now(&self) -> Timestamp {
-        Timestamp(self.0.load(Ordering::Relaxed))
+        Timestamp(self.wall.load(Ordering::Relaxed))
+    }
+
+    fn steady(&self) -> Duration {
+        Duration::from_secs(self.steady.load(Ordering::Relaxed).try_into().unwrap())
     }
 }
 
@@ -65,11 +79,17 @@ impl Drop for Pool {
 
 impl Pool {
     pub(crate) async fn start() -> Self {
+        Self::remembering(raft_store::History::default()).await
+    }
+
+    /// A pool that remembers deletions for so long.
+    pub(crate) async fn remembering(history: raft_store::History) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let authority = certificates::create_authority("test").unwrap();
         let issued = certificates::issue(&authority, "host", &["127.0.0.1".parse().unwrap()]).unwrap();
         let tls = PeerTls { ca: authority.certificate.clone(), certificate: issued.certificate, key: issued.key };
-        let store = Store::open(StoreConfig::new(dir.path().into(), 1, tls)).await.unwrap();
+        let settings = StoreConfig { history, ..StoreConfig::new(dir.path().into(), 1, tls) };
+        let store = Store::open(settings).await.unwrap();
         let alone = Member { node_id: 1, peer_address: "127.0.0.1:9".into(), api_address: "127.0.0.1".into() };
         store.initialize(&[alone]).await.unwrap();
         let host_uuid = Uuid::new_v4();
@@ -88,7 +108,7 @@ impl Pool {
             redirect_sessions: false,
             ca_certificate: authority.certificate,
         };
-        let clock = Arc::new(HandClock(AtomicI64::new(1_800_000_000)));
+        let clock = Arc::new(HandClock { wall: AtomicI64::new(1_800_000_000), steady: AtomicI64::new(0) });
         let shutdown = CancellationToken::new();
         let at = Arc::clone(&agent);
         let agents = Agents::with(move |_| Ok(Arc::clone(&at) as Arc<dyn crate::Agent>));

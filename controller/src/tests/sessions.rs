@@ -130,3 +130,34 @@ async fn what_ended_is_gone_for_good() {
     pool.call_in(&session, "session.logout", vec![]).await.unwrap();
     assert!(!alive(&pool, &session).await);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_set_ends_nothing_before_its_time_and_keeps_nothing_for_ever() {
+    use crate::call::{Caller, Transport};
+    let pool = Pool::start().await;
+    let shared = &pool.controller.shared;
+    let vm = pool.vm("original").await.to_string();
+    let key = Caller { idempotency_key: Some("once".into()), ..super::caller(Transport::Tcp) };
+    let clone = async || {
+        let parameters = vec![text(&pool.root), text(&vm), text("copy")];
+        super::value(pool.call_from(key.clone(), "VM.clone", parameters).await.unwrap())
+    };
+    let made = clone().await;
+    let task = super::reference(&pool.ask("task.create", vec![text("mine"), text("")]).await.unwrap());
+    let collect = async || {
+        sessions::pass(shared).await.unwrap();
+        crate::tasks::pass(shared).await.unwrap();
+        crate::repeats::pass(shared).await.unwrap();
+    };
+    for jump in [10 * DAY, -20 * DAY, 10 * DAY] {
+        pool.clock.set_by(jump);
+        collect().await;
+        assert_eq!(clone().await, made, "after a jump of {jump} s");
+        let status = pool.row(datamodel::Task::ID, task).await.unwrap().get(datamodel::fields::task::STATUS);
+        assert_eq!(status, datamodel::enums::TaskStatusType::Pending);
+    }
+    let idle = pool.login().await;
+    pool.clock.advance(DAY + 1);
+    collect().await;
+    assert!(!alive(&pool, &idle).await);
+}

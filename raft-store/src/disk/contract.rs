@@ -181,7 +181,7 @@ impl StoreBuilder<Config, LogStore, StateMachine, Option<tempfile::TempDir>> for
         let stored = disk.load().unwrap();
         let writer = Arc::new(Writer::start(disk.engine()).unwrap());
         let log = LogStore::open(disk, Arc::clone(&writer), None).unwrap();
-        Ok((dir, log, StateMachine(Arc::new(Machine::new(stored, writer, None)))))
+        Ok((dir, log, StateMachine(Arc::new(Machine::new(stored, crate::state::History::default(), writer, None)))))
     }
 }
 

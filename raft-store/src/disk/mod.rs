@@ -8,16 +8,18 @@
 
 #[cfg(test)]
 mod contract;
+mod damage;
 mod engine;
 mod memory;
 mod open;
+mod promises;
 mod rocks;
 mod writer;
 
+pub(crate) use damage::{Opened, open};
 pub(crate) use engine::Change;
 pub use engine::{Change as DiskChange, Column, Engine, KeyValue};
 pub use memory::Memory;
 pub use open::OpenError;
 pub(crate) use open::{Disk, RowLoader, STATE, Stored};
-pub(crate) use rocks::Rocks;
 pub(crate) use writer::{Flushed, Job, Writer};

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use openraft::entry::RaftEntry as _;
 use prost::Message;
 use proto::raft as wire;
 
@@ -30,7 +31,7 @@ pub enum OpenError {
         source: rocksdb::Error,
     },
     /// What is in it.
-    #[error("the database is damaged ({what}): {source}; move it away and let this host catch up from its peers")]
+    #[error("the database is damaged ({what}): {source}")]
     Damaged {
         /// Which record.
         what: &'static str,
@@ -46,6 +47,19 @@ pub enum OpenError {
     /// The timings contradict one another.
     #[error("timings: {0}")]
     Timings(String),
+}
+
+impl OpenError {
+    /// Whether the database is beyond use, rather than out of reach or of another version.
+    pub(crate) fn is_damage(&self) -> bool {
+        match self {
+            Self::Database { source, .. } => {
+                source.kind() == rocksdb::ErrorKind::Corruption || source.as_ref().contains("No such file")
+            }
+            Self::Damaged { source, .. } => matches!(source, DecodeError::Malformed(_) | DecodeError::BadValue),
+            Self::Consensus(_) | Self::Certificates(_) | Self::Timings(_) => false,
+        }
+    }
 }
 
 /// The database, and how what is in it is read.
@@ -106,6 +120,21 @@ impl Disk {
         Ok(out)
     }
 
+    /// Looks at every entry: all there from `first` on, each whole. The index of the last.
+    pub(crate) fn check_log(&self, first: u64) -> Result<Option<u64>, OpenError> {
+        let damaged = |source: DecodeError| OpenError::Damaged { what: "log", source };
+        let mut next = first;
+        for item in self.engine.scan(Column::Log, &[]) {
+            let (key, bytes) = item.map_err(|error| damaged(DecodeError::Malformed(error.to_string())))?;
+            let entry = record::entry_from_bytes(bytes).map_err(damaged)?;
+            if key.as_ref() != next.to_be_bytes() || entry.log_id().index() != next {
+                return Err(damaged(DecodeError::Malformed(format!("entry {next} is missing"))));
+            }
+            next += 1;
+        }
+        Ok(next.checked_sub(1).filter(|last| *last >= first))
+    }
+
     /// The state as it was last persisted. What the log has beyond it is applied anew.
     pub(crate) fn load(&self) -> Result<Stored, OpenError> {
         let damaged = |what: &'static str| move |source: DecodeError| OpenError::Damaged { what, source };
@@ -121,9 +150,7 @@ impl Disk {
             return Err(damaged("state")(DecodeError::NewerFormat(stored.format)));
         }
         let head = stored.head.unwrap_or_default();
-        state.applied = LogIndex(head.applied);
-        state.clock = datamodel::Timestamp(head.clock);
-        state.oldest_token = LogIndex(head.oldest_token);
+        state.resume(&head);
         let mut rows = RowLoader { state: &mut state };
         self.each(Column::Rows, "rows", |bytes| rows.row(wire::StoredRow::decode(bytes)?))?;
         self.each(Column::Tombstones, "tombstones", |bytes| rows.tombstone(&wire::StoredTombstone::decode(bytes)?))?;

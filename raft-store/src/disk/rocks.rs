@@ -9,14 +9,18 @@ use rocksdb::{ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode,
 
 use super::engine::{Change, Column, Engine, KeyValue};
 use super::open::OpenError;
+use super::promises::{Promise, Promises, Promising};
 
 /// A database in a folder.
 pub(crate) struct Rocks {
     db: DB,
+    promises: Promises,
 }
 
 impl Rocks {
     pub(crate) fn open(path: &Path) -> Result<Self, OpenError> {
+        let promises = std::fs::create_dir_all(path).and_then(|()| Promises::open(path));
+        let promises = promises.map_err(|error| OpenError::Consensus(format!("{}: {error}", path.display())))?;
         let mut options = Options::default();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
@@ -32,7 +36,12 @@ impl Rocks {
         });
         let db = DB::open_cf_descriptors(&options, path, columns)
             .map_err(|source| OpenError::Database { path: path.display().to_string(), source })?;
-        Ok(Self { db })
+        Ok(Self { db, promises })
+    }
+
+    /// What was promised by it.
+    pub(crate) fn promise(&self) -> Promise {
+        self.promises.promise()
     }
 
     fn column(&self, column: Column) -> io::Result<&ColumnFamily> {
@@ -40,6 +49,7 @@ impl Rocks {
     }
 
     fn write_now(&self, changes: Vec<Change>, sync: bool) -> io::Result<()> {
+        let promising = Promising::of(&changes)?;
         let mut batch = WriteBatch::default();
         for change in changes {
             match change {
@@ -50,7 +60,9 @@ impl Rocks {
         }
         let mut options = WriteOptions::default();
         options.set_sync(sync);
-        self.db.write_opt(batch, &options).map_err(io::Error::other)
+        self.promises.cut(promising.cut)?;
+        self.db.write_opt(batch, &options).map_err(io::Error::other)?;
+        self.promises.promised(promising.last, promising.vote)
     }
 }
 

@@ -29,6 +29,8 @@ pub(crate) enum Job {
     Purge(LogId, Flushed),
     /// Rows and the like. Not synced: the log brings them back.
     Rows(Vec<Change>, Flushed),
+    /// Everything before it is synced with it.
+    Sync(Flushed),
 }
 
 /// A full queue makes appenders wait: the disk sets the pace.
@@ -121,6 +123,7 @@ fn add(batch: &mut Vec<Change>, job: Job) -> Flushed {
             batch.push(Change::Put(Column::Meta, PURGED.to_vec(), record::log_id_to_wire(&upto).encode_to_vec()));
             flushed
         }
+        Job::Sync(flushed) => flushed,
         Job::Rows(changes, flushed) => {
             batch.extend(changes);
             flushed

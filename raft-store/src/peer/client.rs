@@ -17,13 +17,16 @@ use openraft::raft::{
 use openraft::{AnyError, OptionalSend};
 use proto::raft as wire;
 use proto::raft::raft_client::RaftClient;
+use tokio::sync::mpsc;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tower::ServiceExt as _;
 use tower::util::BoxCloneSyncService;
 
 use super::snapshot;
 use crate::disk::OpenError;
+use crate::fence::loss_of;
 use crate::machine::StateSnapshot;
+use crate::readmit::Loss;
 use crate::record;
 use crate::types::{Config, PeerNode, Snapshot, Vote};
 
@@ -111,6 +114,7 @@ impl Dial for PeerTls {
 /// Makes the connections.
 pub(crate) struct PeerFactory {
     pub(crate) peers: Arc<dyn Dial>,
+    pub(crate) losses: mpsc::Sender<Loss>,
 }
 
 impl RaftNetworkFactory<Config> for PeerFactory {
@@ -126,7 +130,7 @@ impl RaftNetworkFactory<Config> for PeerFactory {
                 .max_decoding_message_size(LARGEST_MESSAGE)
                 .max_encoding_message_size(LARGEST_MESSAGE)
         });
-        Peer { target, client, failures: 0 }
+        Peer { target, client, failures: 0, losses: self.losses.clone() }
     }
 }
 
@@ -136,6 +140,8 @@ pub(crate) struct Peer {
     client: Option<RaftClient<PeerChannel>>,
     /// Streams that did not come about, in a row.
     failures: u32,
+    /// Where it is told that the peer has lost its database.
+    losses: mpsc::Sender<Loss>,
 }
 
 type Rpc = RPCError<Config>;
@@ -163,7 +169,13 @@ impl Peer {
         call: impl Future<Output = Result<T, tonic::Status>>,
     ) -> Result<T, Rpc> {
         match tokio::time::timeout(limit, call).await {
-            Ok(answer) => answer.map_err(|status| failed(&status)),
+            Ok(answer) => answer.map_err(|status| {
+                if let Some(name) = loss_of(&status) {
+                    // It says so again where there is no room.
+                    let _ = self.losses.try_send(Loss { node_id: self.target, name });
+                }
+                failed(&status)
+            }),
             Err(_) => Err(RPCError::Timeout(Timeout { action, id: 0, target: self.target, timeout: limit })),
         }
     }

@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::snapshot::Assembly;
 use crate::codec::DecodeError;
+use crate::fence::Fence;
 use crate::record;
 use crate::types::{Config, Raft, Vote};
 
@@ -21,6 +22,7 @@ use crate::types::{Config, Raft, Vote};
 pub(crate) struct PeerService {
     pub(crate) raft: Arc<std::sync::OnceLock<Raft>>,
     pub(crate) heard: Heard,
+    pub(crate) fence: Arc<Fence>,
 }
 
 /// When a leader was last heard: what openraft knows of the leader outlives the leader.
@@ -86,11 +88,14 @@ impl Service for PeerService {
     ) -> Result<Response<Self::AppendStream>, Status> {
         use wire::append_reply::Result as Reply;
         let raft = self.raft()?;
+        self.fence.may_follow(u64::MAX)?;
         // A request that cannot be read ends the stream: the leader starts another one.
-        let heard = self.heard.clone();
+        let (heard, fence) = (self.heard.clone(), Arc::clone(&self.fence));
         let requests = request.into_inner().map(move |request| {
+            let request = append_request(request?)?;
+            fence.may_follow(request.vote.leader_id().term)?;
             heard.now();
-            request.and_then(append_request)
+            Ok::<_, Status>(request)
         });
         let requests = requests.take_while(|request| {
             if let Err(status) = request {
@@ -114,6 +119,7 @@ impl Service for PeerService {
     async fn vote(&self, request: Request<wire::VoteRequest>) -> Result<Response<wire::VoteReply>, Status> {
         let request = request.into_inner();
         let raft = self.raft()?;
+        self.fence.may_vote()?;
         let rpc = VoteRequest {
             vote: vote(request.vote.as_ref())?,
             last_log_id: request.last.as_ref().map(record::log_id),
@@ -133,6 +139,7 @@ impl Service for PeerService {
         request: Request<wire::TransferRequest>,
     ) -> Result<Response<wire::TransferReply>, Status> {
         let request = request.into_inner();
+        self.fence.may_vote()?;
         let from = vote(request.from.as_ref())?;
         let rpc = TransferLeaderRequest::new(from, request.to, request.last.as_ref().map(record::log_id));
         let answer =
@@ -146,15 +153,27 @@ impl Service for PeerService {
         request: Request<Streaming<wire::SnapshotFrame>>,
     ) -> Result<Response<wire::SnapshotReply>, Status> {
         let raft = self.raft()?;
+        self.fence.may_follow(u64::MAX)?;
         let mut frames = request.into_inner();
         let mut assembly = Assembly::default();
         while let Some(frame) = frames.message().await? {
             assembly.add(frame).map_err(|error| malformed(&error))?;
         }
         let (vote, snapshot) = assembly.finish().map_err(|error| malformed(&error))?;
+        self.fence.may_follow(vote.leader_id().term)?;
         tracing::info!(index = snapshot.snapshot.0.applied.0, "installing a snapshot");
         let reply =
             raft.install_full_snapshot(vote, snapshot).await.map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(Response::new(wire::SnapshotReply { vote: Some(record::vote_to_wire(&reply.vote)) }))
+    }
+
+    async fn readmit(&self, request: Request<wire::ReadmitRequest>) -> Result<Response<wire::ReadmitReply>, Status> {
+        let request = request.into_inner();
+        let loss =
+            uuid::Uuid::from_slice(&request.loss).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let committed = request.committed.ok_or_else(|| Status::invalid_argument("no entry"))?;
+        let kept = self.fence.readmit(loss, committed.term, committed.index);
+        kept.map_err(|error| Status::unavailable(error.to_string()))?;
+        Ok(Response::new(wire::ReadmitReply {}))
     }
 }

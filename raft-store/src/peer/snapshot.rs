@@ -15,7 +15,6 @@ use crate::codec::{DecodeError, FORMAT, outcome_to_wire, row_to_wire};
 use crate::disk::RowLoader;
 use crate::machine::{StateSnapshot, head, tombstone_to_wire};
 use crate::record;
-use crate::row::LogIndex;
 use crate::state::{ChangeKey, State};
 use crate::types::{Snapshot, SnapshotMeta, Vote};
 
@@ -187,9 +186,7 @@ impl Assembly {
             .filter(|_| self.complete)
             .ok_or_else(|| DecodeError::Malformed("the snapshot is cut short".into()))?;
         let head = header.head.unwrap_or_default();
-        self.state.applied = LogIndex(head.applied);
-        self.state.clock = datamodel::Timestamp(head.clock);
-        self.state.oldest_token = LogIndex(head.oldest_token);
+        self.state.resume(&head);
         let vote = record::vote(&header.vote.ok_or(DecodeError::BadValue)?);
         let membership = header.membership.map(record::stored_membership).transpose()?.unwrap_or_default();
         let meta = SnapshotMeta { last_log_id: header.last.as_ref().map(record::log_id), last_membership: membership };

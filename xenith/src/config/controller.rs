@@ -34,6 +34,9 @@ pub struct ControllerConfig {
     /// What templates boot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,
+    /// For tests alone: a file with a number of seconds by which this host's clock is wrong. Read again and again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_offset: Option<PathBuf>,
     /// Logs.
     #[serde(default)]
     pub log: Log,
@@ -129,11 +132,22 @@ pub struct Raft {
     pub election_min_ms: u64,
     /// Greatest such silence; also how long a leader's lease lasts.
     pub election_max_ms: u64,
+    /// After so many entries the log is cut: what the rows on disk hold need not be in it too.
+    pub snapshot_every: u64,
+    /// So many entries stay in it all the same, for hosts that were away for a moment. Who was away for longer is sent
+    /// the whole state.
+    pub keep_entries: u64,
 }
 
 impl Default for Raft {
     fn default() -> Self {
-        Self { heartbeat_ms: 50, election_min_ms: 150, election_max_ms: 300 }
+        Self {
+            heartbeat_ms: 50,
+            election_min_ms: 150,
+            election_max_ms: 300,
+            snapshot_every: 20_000,
+            keep_entries: 10_000,
+        }
     }
 }
 
@@ -160,7 +174,7 @@ impl Check for ControllerConfig {
             return fault("api.listen", "no client could reach this host: give an address, or api.socket");
         }
         self.tls.check()?;
-        let Raft { heartbeat_ms, election_min_ms, election_max_ms } = self.raft;
+        let Raft { heartbeat_ms, election_min_ms, election_max_ms, snapshot_every, .. } = self.raft;
         if heartbeat_ms == 0 || election_min_ms < heartbeat_ms * 2 {
             return fault(
                 "raft.election_min_ms",
@@ -169,6 +183,9 @@ impl Check for ControllerConfig {
         }
         if election_max_ms <= election_min_ms {
             return fault("raft.election_max_ms", "must be greater than raft.election_min_ms, or votes split for ever");
+        }
+        if snapshot_every == 0 {
+            return fault("raft.snapshot_every", "must be at least 1");
         }
         self.founding.as_ref().map_or(Ok(()), |founding| self.check_founding(founding))
     }

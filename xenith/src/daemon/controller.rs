@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use controller::{Agents, Controller, ControllerConfig as Rules, Guest, InitialMember, SystemClock};
+use anyhow::{Context, anyhow, bail};
+use controller::{Agents, Clock, Controller, ControllerConfig as Rules, Guest, InitialMember, SystemClock, WrongClock};
 use gateway::{Calls, ForwardClient, Gateway, GatewayConfig, TlsFiles, forward_service};
 use raft_store::{PeerTls, Store, StoreConfig};
 use tokio::task::JoinHandle;
@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-use super::{on_runtime, signals};
+use super::{on_runtime, room, signals};
 use crate::cli::Daemon;
 use crate::config::{self, ControllerConfig, Member};
 use crate::telemetry;
@@ -56,12 +56,20 @@ pub fn controller(flags: &Daemon) -> anyhow::Result<()> {
 async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::Result<()> {
     let tls =
         PeerTls { ca: read(&config.tls.ca)?, certificate: read(&config.tls.certificate)?, key: read(&config.tls.key)? };
+    tokio::select! {
+        enough = room::wait(&config.data_dir) => enough?,
+        () = ending.cancelled() => return Ok(()),
+    }
     let store = open_store(&config, tls.clone()).await?;
     // The parts end after the handover, so they have a token of their own.
     let stopping = CancellationToken::new();
     let agents = Agents::grpc(tls.clone());
     let rules = rules(&config, &tls)?;
-    let controller = Controller::new(store.clone(), agents, rules, Arc::new(SystemClock), stopping.clone());
+    let clock: Arc<dyn Clock> = match &config.clock_offset {
+        None => Arc::new(SystemClock),
+        Some(path) => Arc::new(WrongClock::new(path.clone())),
+    };
+    let controller = Controller::new(store.clone(), agents, rules, clock, stopping.clone());
     let calls: Arc<dyn Calls> = Arc::new(controller.clone());
     let mut peers = listen_to_peers(&config, &tls, &store, Arc::clone(&calls))?;
     if let Some(founding) = config.founding.as_ref().filter(|founding| founding.initialize) {
@@ -74,6 +82,7 @@ async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::R
 
     let outcome = tokio::select! {
         () = ending.cancelled() => Ok(()),
+        why = store.failed() => Err(anyhow!("the store cannot go on: {why}")),
         ended = &mut peers => match ended {
             Ok(Err(error)) => Err(error).context("peers can no longer reach this host"),
             _ => bail!("peers can no longer reach this host"),
@@ -137,6 +146,8 @@ async fn open_store(config: &ControllerConfig, tls: PeerTls) -> anyhow::Result<S
     let settings = StoreConfig {
         heartbeat: Duration::from_millis(raft.heartbeat_ms),
         election: (Duration::from_millis(raft.election_min_ms), Duration::from_millis(raft.election_max_ms)),
+        snapshot_every: raft.snapshot_every,
+        keep_entries: raft.keep_entries,
         ..StoreConfig::new(config.data_dir.clone(), config.node_id, tls)
     };
     let place = || format!("cannot open the database in {}", config.data_dir.display());

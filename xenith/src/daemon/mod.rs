@@ -2,6 +2,7 @@
 
 mod agent;
 mod controller;
+mod room;
 mod signals;
 
 use std::time::Duration;

@@ -60,6 +60,7 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
             founding: Some(founding),
             raft: Raft::default(),
             guest: guest.clone(),
+            clock_offset: None,
             log: Log::default(),
             traces: Traces::default(),
         };

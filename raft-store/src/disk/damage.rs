@@ -1,0 +1,90 @@
+//! A database is opened whole or not at all.
+//!
+//! What is found damaged is moved aside, once and for all, and the node begins anew behind a [fence](crate::fence).
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::open::{Disk, OpenError, Stored};
+use super::promises;
+use super::rocks::Rocks;
+use crate::codec::DecodeError;
+use crate::fence::{self, Fence};
+
+/// Where a damaged database is kept, for who wants to look at it; the next one takes its place.
+const ASIDE: &str = "damaged";
+
+/// A database that was opened, and the fence around it.
+pub(crate) struct Opened {
+    pub(crate) disk: Disk,
+    pub(crate) stored: Stored,
+    pub(crate) fence: Fence,
+}
+
+/// Opens the database in a folder, or, if it is damaged, an empty one in its place.
+pub(crate) fn open(dir: &Path) -> Result<Opened, OpenError> {
+    let failed = |error: io::Error| OpenError::Consensus(format!("{}: {error}", dir.display()));
+    let (fence, in_the_way) = Fence::load(dir).map_err(failed)?;
+    if in_the_way {
+        put_aside(dir).and_then(|()| fence.cleared()).map_err(failed)?;
+    }
+    let damage = match whole(dir) {
+        Ok((disk, stored)) => return Ok(Opened { disk, stored, fence }),
+        Err(error) if error.is_damage() => error,
+        Err(error) => return Err(error),
+    };
+    tracing::error!(%damage, dir = %dir.display(), "this database is not used any more: it is put aside, and this node \
+        promises nothing until its peers have sent it what it lost");
+    fence.raise(Uuid::new_v4()).map_err(failed)?;
+    put_aside(dir).and_then(|()| fence.cleared()).map_err(failed)?;
+    let (disk, stored) = whole(dir)?;
+    Ok(Opened { disk, stored, fence })
+}
+
+/// Opens a database and looks at all of it: each row, each entry, and whether that is all there was.
+fn whole(dir: &Path) -> Result<(Disk, Stored), OpenError> {
+    let rocks = Rocks::open(dir)?;
+    let promise = rocks.promise();
+    let disk = Disk::new(Arc::new(rocks));
+    let stored = disk.load()?;
+    let damaged =
+        |what: &'static str, found: String| OpenError::Damaged { what, source: DecodeError::Malformed(found) };
+    let read = |error: io::Error| damaged("log", error.to_string());
+    let purged = disk.purged().map_err(read)?.map(|id| id.index());
+    let applied = stored.last_applied.map(|id| id.index());
+    if purged > applied {
+        return Err(damaged("rows", format!("they reach to {applied:?}, and the log begins after {purged:?}")));
+    }
+    let last = disk.check_log(purged.map_or(0, |purged| purged + 1))?;
+    let reach = last.max(purged).max(applied).unwrap_or(0);
+    if reach < promise.last {
+        return Err(damaged("log", format!("it ends at {reach}, and {} was acknowledged", promise.last)));
+    }
+    let vote = disk.vote().map_err(|error| damaged("vote", error.to_string()))?;
+    let term = vote.map_or(0, |vote| vote.leader_id().term);
+    if term < promise.term {
+        return Err(damaged("vote", format!("it is of term {term}, and one was given in term {}", promise.term)));
+    }
+    Ok((disk, stored))
+}
+
+/// Moves the database's files out of the way. Broken off, it goes on where it was: the fence says that it must.
+fn put_aside(dir: &Path) -> io::Result<()> {
+    let aside = dir.join(ASIDE);
+    let known = [ASIDE, fence::FILE];
+    let files: Vec<_> = std::fs::read_dir(dir)?.collect::<Result<_, _>>()?;
+    let files: Vec<_> = files.into_iter().filter(|file| known.iter().all(|known| file.file_name() != *known)).collect();
+    // Of a database that is being moved already, more than the rest is there.
+    if files.iter().any(|file| file.file_name() == promises::FILE) && aside.exists() {
+        std::fs::remove_dir_all(&aside)?;
+    }
+    std::fs::create_dir_all(&aside)?;
+    let (promises, rest): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| file.file_name() == promises::FILE);
+    for file in promises.into_iter().chain(rest) {
+        std::fs::rename(file.path(), aside.join(file.file_name()))?;
+    }
+    std::fs::File::open(dir)?.sync_all()
+}
