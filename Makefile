@@ -15,7 +15,7 @@ LAB_DIR ?= $(or $(XDG_RUNTIME_DIR),/tmp)/xenith-lab-$(shell id -u)
 LAB_FLAGS ?=
 CARGO_FLAGS := --release --locked
 
-.PHONY: help demo test bench coverage build clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
+.PHONY: help demo test soak bench coverage build clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -29,6 +29,10 @@ test: ## Every test (installs what is missing)
 	@deploy/install-deps.sh --for test
 	@$(MAKE) --no-print-directory build guest
 	@XENITH_CLIENTS=$$(deploy/clients/install.sh all) XENITH_GUEST_DIR="$(XENITH_CACHE)/guest/image" XENITH_BIN="$(XENITH)" deploy/run-tests.sh $(TEST_FLAGS)
+
+soak: ## The tests that take minutes: a master that is stopped for half a minute, and the like
+	@$(MAKE) --no-print-directory build
+	@XENITH_BIN="$(XENITH)" deploy/run-tests.sh -p chaos-tests --test faults $(if $(shell cargo nextest --version 2>/dev/null),--run-ignored all,-- --include-ignored)
 
 bench: ## Measure the pool beside etcd and write docs/benchmarks.md (installs what is missing)
 	@deploy/install-deps.sh --for bench

@@ -76,7 +76,8 @@ pub struct Connection {
 impl Connection {
     /// Connects, within the limit.
     pub async fn open(endpoint: &Endpoint, limit: Duration) -> Result<Self, CallError> {
-        let lost = |cause: &dyn fmt::Display| CallError::Lost { at: endpoint.to_string(), cause: cause.to_string() };
+        let lost =
+            |cause: &dyn fmt::Display| CallError::Unreached { at: endpoint.to_string(), cause: cause.to_string() };
         let opened = timeout(limit, async {
             match endpoint {
                 Endpoint::Http(address) => {
@@ -99,14 +100,15 @@ impl Connection {
                 }
             }
         });
-        opened.await.unwrap_or_else(|_| Err(CallError::Late { at: endpoint.to_string(), limit }))
+        let late = |_| Err(lost(&format_args!("no connection within {} ms", limit.as_millis())));
+        opened.await.unwrap_or_else(late)
     }
 
     async fn over(
         endpoint: &Endpoint,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     ) -> Result<Self, CallError> {
-        let lost = |error: hyper::Error| CallError::Lost { at: endpoint.to_string(), cause: error.to_string() };
+        let lost = |error: hyper::Error| CallError::Unreached { at: endpoint.to_string(), cause: error.to_string() };
         let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(lost)?;
         let mut driver = JoinSet::new();
         // How it ends is seen by the requests on it.

@@ -34,7 +34,15 @@ pub enum CallError {
     /// The pool refused.
     #[error(transparent)]
     Refused(#[from] Failure),
-    /// The connection could not be made or was lost: whether the call was done is not known.
+    /// No connection could be made: the call was certainly not done.
+    #[error("{at} is not reached: {cause}")]
+    Unreached {
+        /// Whom the call was for.
+        at: String,
+        /// What happened.
+        cause: String,
+    },
+    /// The connection was lost: whether the call was done is not known.
     #[error("no answer from {at}: {cause}")]
     Lost {
         /// Whom the call was for.

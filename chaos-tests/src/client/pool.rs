@@ -65,6 +65,14 @@ impl Client {
         other
     }
 
+    /// Another client with the same session, which knows no other host than this one.
+    pub fn only_at(&self, endpoint: &Endpoint) -> Self {
+        let mut other = self.at(endpoint);
+        other.endpoints = vec![endpoint.clone()];
+        other.current = 0;
+        other
+    }
+
     /// The session; empty before a login.
     pub fn session(&self) -> &str {
         self.session.as_deref().unwrap_or_default()
@@ -100,7 +108,8 @@ impl Client {
             }
             self.turn_to_next();
         }
-        Err(last.unwrap_or_else(|| CallError::Lost { at: "nobody".to_owned(), cause: "no host is known".to_owned() }))
+        Err(last
+            .unwrap_or_else(|| CallError::Unreached { at: "nobody".to_owned(), cause: "no host is known".to_owned() }))
     }
 
     /// One call in the session, at the host it talks to or, if that says so, at the master. The session goes first.
@@ -182,7 +191,8 @@ impl Client {
         });
     }
 
-    fn turn_to_next(&mut self) {
+    /// Talks to the next host from now on.
+    pub fn turn_to_next(&mut self) {
         self.connection = None;
         self.current = (self.current + 1) % self.endpoints.len();
     }
