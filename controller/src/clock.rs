@@ -84,9 +84,11 @@ pub(crate) struct Office {
 }
 
 impl Office {
-    /// A term begins; `last` is the time of the newest entry.
+    /// A term begins; `last` is the time of the newest entry that an earlier master made, if there was one.
     pub(crate) fn take(&self, clock: &dyn Clock, last: Timestamp) {
-        *self.taken.lock() = Some((clock.now().min(last), clock.steady()));
+        let wall = clock.now();
+        let began = if last == Timestamp::EPOCH { wall } else { wall.min(last) };
+        *self.taken.lock() = Some((began, clock.steady()));
     }
 
     /// The present, for the question whether something is over.
@@ -99,5 +101,41 @@ impl Office {
             }
             None => wall,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the wall shows, and what has passed.
+    struct At(i64, u64);
+
+    impl Clock for At {
+        fn now(&self) -> Timestamp {
+            Timestamp(self.0)
+        }
+
+        fn steady(&self) -> Duration {
+            Duration::from_secs(self.1)
+        }
+    }
+
+    #[test]
+    fn a_term_grows_old_steadily_from_where_the_pool_was() {
+        const DAY: i64 = 86_400;
+        let office = Office::default();
+        assert_eq!(office.now(&At(DAY, 5)), Timestamp(DAY), "nobody leads");
+        // This master's clock is ten days ahead of the pool.
+        office.take(&At(11 * DAY, 5), Timestamp(DAY));
+        assert_eq!(office.now(&At(11 * DAY, 5)), Timestamp(DAY));
+        assert_eq!(office.now(&At(99 * DAY, 5 + 60)), Timestamp(DAY + 60), "set forward");
+        assert_eq!(office.now(&At(DAY / 2, 5 + 60)), Timestamp(DAY / 2), "set back: kept for longer");
+        // The pool was down for ten days: what was kept then has its time still.
+        office.take(&At(11 * DAY, 0), Timestamp(DAY));
+        assert_eq!(office.now(&At(12 * DAY, 86_400)), Timestamp(2 * DAY));
+        // The first master of all.
+        office.take(&At(DAY, 0), Timestamp::EPOCH);
+        assert_eq!(office.now(&At(DAY + 7, 7)), Timestamp(DAY + 7));
     }
 }

@@ -170,6 +170,8 @@ impl Controller {
 /// left, then watch hosts and collect what is over. Ends when dropped or cancelled.
 async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
     tracing::info!(%epoch, "taking office");
+    // Before this master's own clock is in any entry.
+    shared.office.take(&*shared.clock, shared.store.state().clock());
     while let Err(error) = first_boot::found(shared).await {
         tracing::warn!(?error, "the pool is not founded yet");
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -178,7 +180,6 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
         tracing::warn!(?error, "the pool does not show its master yet");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    shared.office.take(&*shared.clock, shared.store.state().clock());
     shared.sessions.forget();
     tokio::join!(
         reconcile::run(shared, epoch, term.clone()),
