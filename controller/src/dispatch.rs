@@ -10,6 +10,7 @@ use crate::api;
 use crate::call::{Call, Caller, Refusal, Reply, Request, Transport};
 use crate::controller::Shared;
 use crate::failure::Failure;
+use crate::membership::emergency;
 use crate::repeats::{self, Repeat};
 use crate::{events, implicit, tasks};
 
@@ -17,6 +18,9 @@ use crate::{events, implicit, tasks};
 pub(crate) async fn call(shared: &Arc<Shared>, request: Request) -> Result<Reply, Refusal> {
     if let Some(reply) = everywhere(&request) {
         return reply;
+    }
+    if let Some(answer) = emergency::serve(shared, &request).await {
+        return answer;
     }
     let leading = matches!(*shared.store.leadership().borrow(), Leadership::Leader { .. });
     if !leading {

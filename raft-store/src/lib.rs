@@ -3,9 +3,11 @@
 mod apply;
 mod codec;
 mod disk;
+mod export;
 mod leadership;
 mod log;
 mod machine;
+mod membership;
 mod peer;
 mod proposer;
 mod record;
@@ -17,7 +19,9 @@ mod types;
 
 pub use codec::DecodeError;
 pub use disk::OpenError;
+pub use export::{decode_rows, encode_rows};
 pub use leadership::Leadership;
+pub use membership::Progress;
 pub use peer::PeerTls;
 pub use row::{LogIndex, Row};
 pub use state::{Change, ChangeKind, State};

@@ -141,6 +141,12 @@ pub struct Up {
     /// on one machine [default: all, at most 7]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=7))]
     pub replicas: Option<u8>,
+    /// Further hosts, each of which begins as a pool of its own: to join them and to eject them again [default: 0]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=16))]
+    pub apart: Option<u8>,
+    /// Milliseconds after which a silent voter is replaced [default: 300000]
+    #[arg(long, value_name = "MS")]
+    pub replace_after_ms: Option<u64>,
     /// What runs the guests [default: qemu]
     #[arg(long)]
     pub driver: Option<Driver>,

@@ -10,5 +10,5 @@ mod open;
 mod writer;
 
 pub use open::OpenError;
-pub(crate) use open::{Column, Disk, RowLoader, STATE, Stored};
+pub(crate) use open::{Column, Disk, PURGED, RowLoader, STATE, Stored, VOTE};
 pub(crate) use writer::{Flushed, Job, RowJob, Writer};

@@ -31,6 +31,9 @@ pub struct ControllerConfig {
     /// Timings of consensus.
     #[serde(default)]
     pub raft: Raft,
+    /// Who votes.
+    #[serde(default)]
+    pub membership: Membership,
     /// What templates boot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,
@@ -91,6 +94,10 @@ pub struct Founding {
     /// XENITH_ROOT_PASSWORD is taken.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub root_password_file: Option<PathBuf>,
+    /// Key of the CA under `[tls]`, to be kept in the pool's database, so that hosts can join. Without it the pool stays
+    /// as it is made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_key: Option<PathBuf>,
     /// The hosts that the pool starts with.
     pub members: Vec<Member>,
 }
@@ -137,6 +144,22 @@ impl Default for Raft {
     }
 }
 
+/// `[membership]`: which of the pool's hosts vote. The same on every host, for any of them may be master.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields, default)]
+pub struct Membership {
+    /// So many at most: 1, 3, 5 or 7.
+    pub voters: u8,
+    /// A voter that is silent for this long gives its vote to a host that is there.
+    pub replace_after_ms: u64,
+}
+
+impl Default for Membership {
+    fn default() -> Self {
+        Self { voters: 5, replace_after_ms: 300_000 }
+    }
+}
+
 /// `[guest]`: the small Linux that the test template boots.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 #[serde(deny_unknown_fields)]
@@ -169,6 +192,9 @@ impl Check for ControllerConfig {
         }
         if election_max_ms <= election_min_ms {
             return fault("raft.election_max_ms", "must be greater than raft.election_min_ms, or votes split for ever");
+        }
+        if !matches!(self.membership.voters, 1 | 3 | 5 | 7) {
+            return fault("membership.voters", "must be 1, 3, 5 or 7: an even number survives no more deaths");
         }
         self.founding.as_ref().map_or(Ok(()), |founding| self.check_founding(founding))
     }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use agent::AgentConfig;
-pub use controller::{Api, ControllerConfig, Founding, Guest, Member, Peers, Raft};
+pub use controller::{Api, ControllerConfig, Founding, Guest, Member, Membership, Peers, Raft};
 pub use secret::root_password;
 
 use crate::telemetry::LogFormat;

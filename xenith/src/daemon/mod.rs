@@ -2,6 +2,7 @@
 
 mod agent;
 mod controller;
+mod seat;
 mod signals;
 
 use std::time::Duration;
@@ -14,7 +15,7 @@ pub use controller::controller;
 /// How long tasks may take to end after the last of them was told to.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
 
-fn on_runtime(daemon: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+fn on_runtime<T>(daemon: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
     let outcome = runtime.block_on(daemon);
