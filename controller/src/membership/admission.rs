@@ -25,7 +25,8 @@ use crate::certificates::{self, Issued};
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
 
-const VERSION: u32 = 1;
+/// Of applications.
+pub(crate) const VERSION: u32 = 1;
 /// A host without a good reason to bring more is refused, before its rows fill the log.
 const LARGEST_APPLICATION: usize = 3 << 20;
 

@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use datamodel::fields::{host, member, pool, pool_secret};
 use datamodel::{
@@ -16,7 +17,7 @@ use parking_lot::Mutex;
 use raft_store::{Leadership, Member, State, Transaction};
 use serde_json::json;
 
-use super::join::{Credential, ask_in};
+use super::join::{Credential, ask_in, login as login_abroad};
 use super::seat::{self, AskError, Parting, Seat};
 use super::{expect_no_ha, is_live, node_id};
 use crate::call::{Call, Refusal, Reply, Request, Transport};
@@ -27,6 +28,8 @@ use crate::{certificates, password};
 
 /// So many local sessions at once; somebody who needs more has lost the others.
 const MOST_SESSIONS: usize = 500;
+/// A pool that has no master for this long has not just lost one.
+const ELECTION: Duration = Duration::from_secs(2);
 
 /// Sessions of this host alone. They end with the controller's process.
 #[derive(Default)]
@@ -95,7 +98,9 @@ pub(crate) async fn serve(shared: &Arc<Shared>, request: &Request) -> Option<Res
         check_session(shared, &given.session)?;
         match name {
             "session.local_logout" => shared.local_sessions.close(&given.session),
-            "host.is_in_emergency_mode" => return Ok(Value::Bool(leadership(shared).await == Leadership::Electing)),
+            "host.is_in_emergency_mode" => {
+                return Ok(Value::Bool(leadership(shared, ELECTION).await == Leadership::Electing));
+            }
             "pool.emergency_transition_to_master" => begin_anew(shared).await?,
             "pool.emergency_reset_master" => follow(shared, &text(0)).await?,
             _ => {}
@@ -147,19 +152,26 @@ async fn refused(user: String) -> Served<()> {
     refuse(ApiError::new(errors::SESSION_AUTHENTICATION_FAILED, vec![user, "Authentication failure".to_owned()]))
 }
 
-/// Who leads, after as long as an election may take.
-async fn leadership(shared: &Shared) -> Leadership {
+/// Who leads, after as long as an election may take. A lead that this node cannot prove is none.
+async fn leadership(shared: &Shared, limit: Duration) -> Leadership {
     let mut leadership = shared.store.leadership();
-    let known = leadership.wait_for(|leadership| *leadership != Leadership::Electing);
-    match tokio::time::timeout(shared.config.election_wait, known).await {
-        Ok(Ok(known)) => known.clone(),
-        _ => Leadership::Electing,
-    }
+    let known = async {
+        loop {
+            let known = leadership.wait_for(|leadership| *leadership != Leadership::Electing).await.ok()?.clone();
+            match known {
+                Leadership::Leader { .. } if shared.store.read().await.is_err() => {
+                    leadership.changed().await.ok()?;
+                }
+                known => return Some(known),
+            }
+        }
+    };
+    tokio::time::timeout(limit, known).await.ok().flatten().unwrap_or(Leadership::Electing)
 }
 
 /// `pool.emergency_transition_to_master`: begins the pool anew with this host alone.
 async fn begin_anew(shared: &Arc<Shared>) -> Served<()> {
-    match leadership(shared).await {
+    match leadership(shared, shared.config.election_wait).await {
         Leadership::Leader { .. } => return Ok(()),
         Leadership::Follower { .. } => {
             return refuse(errors::operation_not_allowed(
@@ -222,7 +234,7 @@ fn only_this(state: &State, change: &mut Transaction, uuid: &str, node: u64) {
 /// `pool.emergency_reset_master`: forgets what this host has of the pool and asks the master at that address to be
 /// taken back.
 async fn follow(shared: &Arc<Shared>, address: &str) -> Served<()> {
-    match leadership(shared).await {
+    match leadership(shared, ELECTION).await {
         Leadership::Follower { leader } if leader.api_address == address => return Ok(()),
         Leadership::Electing => {}
         _ => return refuse(errors::operation_not_allowed("The pool has a master and a majority")),
@@ -230,8 +242,9 @@ async fn follow(shared: &Arc<Shared>, address: &str) -> Served<()> {
     let surroundings = shared.surroundings()?;
     let state = shared.store.state();
     let secret = state.all::<PoolSecret>().next().map(|row| row.get(pool_secret::SECRET)).unwrap_or_default();
+    let door = login_abroad(surroundings, address, Credential::Secret(secret)).await?;
     let parting = Parting::begin(shared)?;
-    let seat = ask_in(surroundings, address, Credential::Secret(secret), String::new(), false).await?;
+    let seat = ask_in(surroundings, &door, String::new(), false).await?;
     let place = surroundings.home.begin().await.map_err(seat::unwritten)?;
     seat::take(surroundings, &place, &seat).await?;
     parting.for_good();
@@ -267,4 +280,4 @@ pub(crate) async fn recover(cx: &Call) -> Served<Vec<Ref<Host>>> {
 }
 
 /// A host that was heard within this time follows.
-const HEARD: std::time::Duration = std::time::Duration::from_secs(1);
+const HEARD: Duration = Duration::from_secs(1);

@@ -29,28 +29,28 @@ pub(super) enum Credential {
 /// `pool.join` and `pool.join_force`: this host, a pool of its own, becomes one of another pool.
 pub(crate) async fn join(cx: &Call, address: String, user: String, password: String, force: bool) -> Served<()> {
     let surroundings = cx.shared.surroundings()?;
+    let door = login(surroundings, &address, Credential::Account(user, password)).await?;
     let parting = Parting::begin(&cx.shared)?;
-    let state = cx.latest().await?;
-    let rows = admission::bring(&state);
-    let seat = ask_in(surroundings, &address, Credential::Account(user, password), rows, force).await?;
+    let rows = admission::bring(&*cx.latest().await?);
+    let seat = ask_in(surroundings, &door, rows, force).await?;
     let place = surroundings.home.begin().await.map_err(seat::unwritten)?;
     seat::take(surroundings, &place, &seat).await?;
     parting.for_good();
     Ok(())
 }
 
+/// Another pool's master, and a session there.
+pub(super) struct Door {
+    master: String,
+    session: String,
+}
+
 /// Asks a pool's master to be let in; the seat that this host has there.
-pub(super) async fn ask_in(
-    surroundings: &Surroundings,
-    address: &str,
-    credential: Credential,
-    rows: String,
-    force: bool,
-) -> Served<Seat> {
+pub(super) async fn ask_in(surroundings: &Surroundings, door: &Door, rows: String, force: bool) -> Served<Seat> {
     let this = &surroundings.this;
     let key = certificates::new_key().map_err(|error| errors::internal_error(error.to_string()))?;
     let application = Application {
-        version: 1,
+        version: admission::VERSION,
         host_uuid: this.host_uuid,
         api_address: this.api_address,
         peer_address: this.peer_address.clone(),
@@ -61,10 +61,10 @@ pub(super) async fn ask_in(
         rows,
     };
     let text = serde_json::to_string(&application).map_err(|error| errors::internal_error(error.to_string()))?;
-    let (master, session) = login(surroundings, address, credential).await?;
-    let answer = surroundings.abroad.ask(&master, "pool.admit", vec![json!(session), json!(text)]).await;
+    let (master, session) = (&door.master, json!(door.session));
+    let answer = surroundings.abroad.ask(master, "pool.admit", vec![session.clone(), json!(text)]).await;
     // A session that cannot be ended now expires by itself.
-    let _ = surroundings.abroad.ask(&master, "session.logout", vec![json!(session)]).await;
+    let _ = surroundings.abroad.ask(master, "session.logout", vec![session]).await;
     let answer = answer.map_err(|error| match error {
         AskError::Refused(description) if description.first().is_some_and(|code| code == "MESSAGE_METHOD_UNKNOWN") => {
             errors::hosts_not_compatible()
@@ -81,8 +81,8 @@ pub(super) async fn ask_in(
     })
 }
 
-/// A session on the other pool's master, wherever a redirect leads; the master's address and the session.
-async fn login(surroundings: &Surroundings, address: &str, credential: Credential) -> Served<(String, String)> {
+/// A session on the other pool's master, wherever a redirect leads.
+pub(super) async fn login(surroundings: &Surroundings, address: &str, credential: Credential) -> Served<Door> {
     let (method, params) = match credential {
         Credential::Account(user, password) => {
             ("session.login_with_password", vec![json!(user), json!(password), json!("2.21"), json!("xenith-join")])
@@ -92,7 +92,7 @@ async fn login(surroundings: &Surroundings, address: &str, credential: Credentia
     let mut master = address.to_owned();
     for _ in 0..MOST_REDIRECTIONS {
         match surroundings.abroad.ask(&master, method, params.clone()).await {
-            Ok(Json::String(session)) => return Ok((master, session)),
+            Ok(Json::String(session)) => return Ok(Door { master, session }),
             Ok(_) => return refuse(errors::joining_host_service_failed()),
             Err(AskError::Refused(description)) if description.first().is_some_and(|code| code == "HOST_IS_SLAVE") => {
                 let port = address.rsplit_once(':').map(|(_, port)| port).filter(|_| !address.ends_with(']'));

@@ -20,8 +20,7 @@ const MOST_HOSTS: usize = 64;
 
 /// Refuses a host that may not join. `force` passes over differences of software and processors.
 pub(crate) fn check(ours: &State, theirs: &State, force: bool) -> Result<(), ApiError> {
-    let mut hosts = theirs.all::<Host>();
-    let Some(joiner) = hosts.next() else { return Err(errors::host_still_booting()) };
+    let joiner = master(theirs).ok_or_else(errors::host_still_booting)?;
     let management = management_pif(theirs, joiner).ok_or_else(errors::host_still_booting)?;
     if [theirs, ours].into_iter().any(|state| state.all::<Pool>().any(|row| row.get(pool::HA_ENABLED))) {
         return Err(errors::ha_is_enabled());
@@ -30,7 +29,7 @@ pub(crate) fn check(ours: &State, theirs: &State, force: bool) -> Result<(), Api
         return Err(errors::clustering_enabled(row.typed::<ClusterHost>()));
     }
     membership(ours, theirs, joiner)?;
-    if hosts.next().is_some() {
+    if theirs.all::<Host>().nth(1).is_some() {
         return Err(errors::joining_host_cannot_be_master_of_other_hosts());
     }
     vms(theirs)?;
