@@ -316,25 +316,19 @@ impl Newcomer {
     fn here(&self, value: &Value) -> Value {
         match value {
             Value::Ref(reference) => Value::Ref(self.reference(*reference).unwrap_or(OpaqueRef::NULL)),
-            Value::Set(members) => Value::Set(
+            Value::Set(members) => Value::set(
                 members
                     .iter()
                     .filter(|member| !matches!(member, Value::Ref(at) if self.reference(*at).is_none()))
-                    .map(|member| self.here(member))
-                    .collect(),
+                    .map(|member| self.here(member)),
             ),
-            Value::Map(entries) => Value::Map(
-                entries
-                    .iter()
-                    .filter_map(|(key, value)| {
-                        let key = match key {
-                            Key::Ref(at) => Key::Ref(self.reference(*at)?),
-                            key => key.clone(),
-                        };
-                        Some((key, self.here(value)))
-                    })
-                    .collect(),
-            ),
+            Value::Map(entries) => Value::map(entries.iter().filter_map(|(key, value)| {
+                let key = match key {
+                    Key::Ref(at) => Key::Ref(self.reference(*at)?),
+                    key => key.clone(),
+                };
+                Some((key, self.here(value)))
+            })),
             other => other.clone(),
         }
     }
