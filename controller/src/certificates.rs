@@ -9,6 +9,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
     SubjectPublicKeyInfo,
 };
+use x509_parser::pem::parse_x509_pem;
 
 /// Every member's certificate is good for this name.
 pub const PEER_NAME: &str = "xenith-peer";
@@ -78,6 +79,29 @@ pub fn sign(
     addresses: &[IpAddr],
 ) -> Result<String, CertificateError> {
     certify(authority, &SubjectPublicKeyInfo::from_pem(public_key)?, host, addresses)
+}
+
+/// Makes another certificate for the key of one there is.
+///
+/// # Errors
+/// When the authority's texts or the certificate cannot be read.
+pub fn renew(
+    authority: &Issued,
+    certificate: &str,
+    host: &str,
+    addresses: &[IpAddr],
+) -> Result<String, CertificateError> {
+    let unreadable = |error: &dyn std::fmt::Display| CertificateError(rcgen::Error::X509(error.to_string()));
+    let (_, pem) = parse_x509_pem(certificate.as_bytes()).map_err(|error| unreadable(&error))?;
+    let parsed = pem.parse_x509().map_err(|error| unreadable(&error))?;
+    let key = SubjectPublicKeyInfo::from_der(parsed.public_key().raw)?;
+    certify(authority, &key, host, addresses)
+}
+
+/// The last of several certificates in one text: the authority that signs.
+#[must_use]
+pub fn newest(bundle: &str) -> &str {
+    bundle.rfind("-----BEGIN CERTIFICATE-----").map_or(bundle, |start| &bundle[start..])
 }
 
 fn certify(

@@ -14,7 +14,7 @@ use crate::call::{Refusal, Reply, Request};
 use crate::clock::Clock;
 use crate::first_boot::Guest;
 use crate::membership::emergency::LocalSessions;
-use crate::membership::{Surroundings, VoterPolicy, join, voters};
+use crate::membership::{Surroundings, VoterPolicy, join, rotation, voters};
 use crate::{dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
 
 /// What a controller is told when it starts.
@@ -32,6 +32,8 @@ pub struct ControllerConfig {
     pub redirect_sessions: bool,
     /// The pool's certificate authority, to be kept in the replicated state.
     pub ca_certificate: String,
+    /// What this host shows to others of its pool.
+    pub certificate: String,
     /// The authority's key, by which hosts can join; empty where the operator keeps it.
     pub ca_key: String,
     /// How the pool chooses who votes.
@@ -56,7 +58,7 @@ pub(crate) struct Shared {
     pub(crate) local_sessions: LocalSessions,
     /// The host is on its way to another seat: nothing is written on this one any more.
     pub(crate) parting: AtomicBool,
-    /// Hosts are let in one at a time.
+    /// Members change one at a time.
     pub(crate) admissions: tokio::sync::Mutex<()>,
     pub(crate) shutdown: CancellationToken,
 }
@@ -202,5 +204,6 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
         tasks::collect(shared),
         repeats::collect(shared),
         voters::keep(shared),
+        rotation::keep(shared, epoch),
     );
 }

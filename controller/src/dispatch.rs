@@ -62,7 +62,12 @@ fn is_login(method: &str) -> bool {
 /// its master; calls with a session are sent on, because clients that hold one never recover from a redirect.
 async fn elsewhere(shared: &Arc<Shared>, caller: &Caller, login: bool) -> Result<Reply, Refusal> {
     let mut leadership = shared.store.leadership();
-    let known = leadership.wait_for(|leadership| !matches!(leadership, Leadership::Electing));
+    // A witness that leads is about to hand on.
+    let known = leadership.wait_for(|leadership| match leadership {
+        Leadership::Electing => false,
+        Leadership::Follower { leader } => !leader.api_address.is_empty(),
+        Leadership::Leader { .. } => true,
+    });
     let leader = match tokio::time::timeout(shared.config.election_wait, known).await {
         Ok(Ok(known)) => match &*known {
             Leadership::Follower { leader } => leader.clone(),

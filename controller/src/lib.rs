@@ -29,5 +29,5 @@ pub use call::{Caller, Event, EventBatch, Refusal, Reply, Request, Transport};
 pub use clock::{Clock, SystemClock};
 pub use controller::{Controller, ControllerConfig};
 pub use first_boot::{Guest, InitialMember};
-pub use membership::{Abroad, Alone, AskError, Home, Seat, Surroundings, VoterPolicy};
+pub use membership::{Abroad, Alone, AskError, Home, Newcomer, Seat, Surroundings, VoterPolicy, enrol_witness};
 pub use repeats::OWN_KEY;

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::agent::agent_server::AgentServer;
@@ -82,7 +83,7 @@ impl Agent {
     /// Finds the domains that are there, then serves until `shutdown`.
     pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Self, StartError> {
         let lock = take(&config.state_dir)?;
-        let identity = Identity::open(&config)?;
+        let identity = Arc::new(Identity::open(&config)?);
         let host = Host::read(&config);
         // The agent's own token: whatever ends it, ends its tasks.
         let shutdown = shutdown.child_token();
@@ -102,12 +103,13 @@ impl Agent {
         let listen = |source| StartError::Listen { address: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
-        let incoming = identity::incoming(listener, identity, &tasks, shutdown.clone());
+        let incoming = identity::incoming(listener, Arc::clone(&identity), &tasks, shutdown.clone());
         let steps = Steps::new(hypervisor.clone(), ledger, config.pool, tasks.clone(), shutdown.clone());
         let features = hypervisor.features();
         tracing::info!(%address, driver = features.name, version = features.version, accelerator = features.accelerator,
             domains = hypervisor.roster().list().len(), "the agent serves");
-        let service = Service { config, host, hypervisor, steps, tasks: tasks.clone(), shutdown: shutdown.clone() };
+        let service =
+            Service { config, host, identity, hypervisor, steps, tasks: tasks.clone(), shutdown: shutdown.clone() };
         let server = Server::builder()
             .http2_keepalive_interval(Some(KEEP_ALIVE))
             .http2_keepalive_timeout(Some(KEEP_ALIVE))

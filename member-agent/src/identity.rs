@@ -68,6 +68,12 @@ impl Identity {
         Ok(TlsAcceptor::from(config))
     }
 
+    /// What it shows, and whom it believes, as PEM texts.
+    pub(crate) fn shown(&self) -> (String, String) {
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        self.read().map_or_else(|_| Default::default(), |texts| (text(texts.certificate), text(texts.ca)))
+    }
+
     fn read(&self) -> Result<Texts, StartError> {
         let place = self.places.iter().find(|[_, certificate, _]| certificate.exists()).or(self.places.last());
         let Some(paths) = place else { return Err(StartError::Identity("no certificate is configured".into())) };
@@ -102,7 +108,7 @@ fn config(texts: &Texts) -> Result<ServerConfig, String> {
 /// Connections that have shaken hands.
 pub(crate) fn incoming(
     listener: TcpListener,
-    identity: Identity,
+    identity: Arc<Identity>,
     tasks: &TaskTracker,
     shutdown: CancellationToken,
 ) -> impl Stream<Item = io::Result<TlsStream<TcpStream>>> + use<> {

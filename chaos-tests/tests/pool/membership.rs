@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use crate::support::{SOON, new_vm, refusal, text, until};
+use crate::support::{SOON, new_vm, other_master, refusal, text, until};
 
 /// How soon the pool must show that a host is dead.
 const DEATH_SHOWN: Duration = Duration::from_secs(5);
@@ -77,6 +77,14 @@ async fn a_dead_host_is_shown_within_five_seconds_and_its_guests_run_elsewhere_o
     client.call("host.disable", json!([host])).await.unwrap();
     assert_eq!(client.call("host.get_enabled", json!([host])).await.unwrap(), false);
     client.call("host.enable", json!([host])).await.unwrap();
+
+    // The next master tells it of the last one.
+    let master = lab.made().master.clone().unwrap();
+    let host = lab.host_reference(&mut client, &master).await.unwrap();
+    let killed = Instant::now();
+    lab.kill(&master, What::Host).await.unwrap();
+    until(SOON, "the old master to be shown dead", async || (!is_live(&mut client, &host).await).then_some(())).await;
+    assert!(killed.elapsed() < DEATH_SHOWN, "{:?}", killed.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -388,4 +396,103 @@ async fn a_survivor_whose_majority_is_lost_begins_the_pool_anew_and_the_others_c
     client.call("pool.designate_new_master", json!([there])).await.unwrap();
     let mut client = client.at(&first.endpoint().unwrap());
     client.persist(SOON, "VM.set_name_label", json!([vm, "written by the other"])).await.unwrap();
+}
+
+/// A witness of the lab's pool, ended with the test.
+struct Witness {
+    process: tokio::process::Child,
+    _dir: tempfile::TempDir,
+}
+
+impl Witness {
+    async fn enrol(lab: &Lab) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // The next address of the lab's.
+        let address = std::net::Ipv4Addr::from(u32::from(lab.base()) + 9);
+        let config = format!(
+            "uuid = \"{}\"\ndata_dir = \"{}\"\nlisten = \"{address}:8444\"\n",
+            uuid::Uuid::new_v4(),
+            dir.path().join("data").display()
+        );
+        std::fs::write(dir.path().join("witness.toml"), config).unwrap();
+        let log = std::fs::File::create(lab.dir().join("witness.log")).unwrap();
+        let master = lab.made().master().unwrap().endpoint().unwrap().to_string();
+        let process = tokio::process::Command::new(lab.program())
+            .args(["controller", "--witness", "--join", master.trim_start_matches("https://"), "--config"])
+            .arg(dir.path().join("witness.toml"))
+            .env("XENITH_ROOT_PASSWORD", &lab.made().password)
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        Self { process, _dir: dir }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hosts_and_a_witness_survive_the_death_of_any_one_and_the_witness_is_never_master() {
+    let flags = ["--wait", "60"];
+    let lab = Lab::with(&program().unwrap(), &std::env::temp_dir(), 2, "sim", &flags).await.unwrap();
+    let mut client = lab.client().await.unwrap();
+    let vm = new_vm(&mut client, "written throughout").await;
+    let mut witness = Witness::enrol(&lab).await;
+    for round in 0..3 {
+        let master = until(SOON, "a master", async || lab.status().await.unwrap().master).await;
+        // Three vote once the master can do without itself; until then its death is the pool's.
+        sleep(Duration::from_secs(1)).await;
+        lab.kill(&master, What::Host).await.unwrap();
+        let next = other_master(&lab, &master).await;
+        let mut next = client.at(&lab.made().host(&next).unwrap().endpoint().unwrap());
+        next.persist(SOON, "VM.set_name_label", json!([vm, format!("round {round}")])).await.unwrap();
+        lab.start(&master, What::Host).await.unwrap();
+        let mut back = lab.client_at(lab.made().host(&master).unwrap()).unwrap();
+        until(SOON, "the killed host to know the master", async || {
+            let login = json!([lab.made().user, lab.made().password]);
+            let answer = back.plain("session.login_with_password", &login).await.err()?;
+            answer.is("HOST_IS_SLAVE").then_some(())
+        })
+        .await;
+    }
+    witness.process.kill().await.unwrap();
+    client.persist(SOON, "VM.set_name_label", json!([vm, "without the witness"])).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_pools_authority_and_every_certificate_are_replaced_while_it_serves() {
+    let lab = Lab::sim().await.unwrap();
+    let mut client = lab.client().await.unwrap();
+    let vm = new_vm(&mut client, "written meanwhile").await;
+    let before = std::fs::read_to_string(lab.dir().join("ca/ca.pem")).unwrap();
+    let secret = client.call("pool.initial_auth", json!([])).await.unwrap();
+    client.call("pool.rotate_secret", json!([])).await.unwrap();
+    let again = refusal(client.call("pool.rotate_secret", json!([])).await);
+    assert_eq!(again.0, "OPERATION_NOT_ALLOWED");
+    let pool = text(&client.call("pool.get_all", json!([])).await.unwrap()[0]);
+    let mut writes = 0;
+    until(SOON * 2, "the rotation to end", async || {
+        client.persist(SOON, "VM.set_name_description", json!([vm, format!("{writes}")])).await.unwrap();
+        writes += 1;
+        let pending = client.persist(SOON, "pool.get_is_psr_pending", json!([pool])).await.unwrap();
+        (pending == false).then_some(())
+    })
+    .await;
+    let mut authorities: Vec<_> = lab
+        .made()
+        .hosts
+        .iter()
+        .map(|host| lab.dir().join(&host.name).join("controller/current/tls/ca.pem"))
+        .map(|path| std::fs::read_to_string(path).unwrap())
+        .collect();
+    authorities.dedup();
+    assert_eq!(authorities.len(), 1);
+    assert_eq!(authorities[0].matches("BEGIN CERTIFICATE").count(), 1, "the old authority is believed no more");
+    assert_ne!(authorities[0], before);
+    assert_ne!(client.persist(SOON, "pool.initial_auth", json!([])).await.unwrap(), secret);
+    // Nothing of it is in memory alone.
+    for host in &lab.made().hosts {
+        lab.kill(&host.name, What::Host).await.unwrap();
+    }
+    lab.up_again(&[]).await.unwrap();
+    let label = client.persist(SOON, "VM.get_name_description", json!([vm])).await.unwrap();
+    assert_eq!(label, format!("{}", writes - 1));
 }

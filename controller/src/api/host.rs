@@ -7,7 +7,7 @@ use datamodel::{Host, Ref, Timestamp, Value, Vm, errors, model};
 
 use crate::call::Call;
 use crate::failure::{Served, refuse};
-use crate::membership::{self, departure};
+use crate::membership::{self, departure, rotation};
 use crate::placement;
 
 pub(super) async fn get_servertime(cx: &Call, this: Ref<Host>) -> Served<Timestamp> {
@@ -41,6 +41,10 @@ async fn set_enabled(cx: &Call, this: Ref<Host>, enabled: bool) -> Served<()> {
 
 pub(super) async fn declare_dead(cx: &Call, this: Ref<Host>) -> Served<()> {
     departure::declare_dead(cx, this).await
+}
+
+pub(super) async fn refresh_server_certificate(cx: &Call, this: Ref<Host>) -> Served<()> {
+    rotation::refresh(cx, this).await
 }
 
 pub(super) async fn destroy(cx: &Call, this: Ref<Host>) -> Served<()> {

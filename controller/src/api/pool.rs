@@ -5,7 +5,7 @@ use datamodel::{Host, PoolSecret, Ref, fields};
 
 use crate::call::Call;
 use crate::failure::Served;
-use crate::membership::{admission, emergency, join, mastership};
+use crate::membership::{admission, emergency, join, mastership, rotation};
 
 pub(super) async fn designate_new_master(cx: &Call, host: Ref<Host>) -> Served<()> {
     mastership::designate(cx, host).await
@@ -44,4 +44,8 @@ pub(super) async fn initial_auth(cx: &Call) -> Served<String> {
 pub(super) async fn is_slave(cx: &Call, host: Ref<Host>) -> Served<bool> {
     cx.row(host)?;
     Ok(!cx.state.all::<datamodel::Pool>().any(|row| row.get(fields::pool::MASTER) == host))
+}
+
+pub(super) async fn rotate_secret(cx: &Call) -> Served<()> {
+    rotation::rotate(cx).await
 }

@@ -5,6 +5,7 @@
 //! was. Once its agent answers under this pool's authority, everything it brings is written in one transaction.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use base64::Engine as _;
@@ -35,7 +36,7 @@ const LARGEST_APPLICATION: usize = 3 << 20;
 pub(crate) struct Application {
     pub(crate) version: u32,
     pub(crate) host_uuid: Uuid,
-    pub(crate) api_address: std::net::IpAddr,
+    pub(crate) address: IpAddr,
     pub(crate) peer_address: String,
     pub(crate) agent_address: String,
     /// PEM.
@@ -129,14 +130,15 @@ pub(crate) async fn admit(cx: &Call, text: String) -> Served<String> {
     }
     let uuid = application.host_uuid.to_string();
     let known = state.by_uuid(Host::ID, &uuid);
-    if known.is_some_and(|row| is_live(&state, row)) {
+    if known.is_some_and(|row| is_live(&state, row) || application.witness) {
         return refuse(errors::operation_not_allowed("Host is already part of a pool"));
     }
     let authority = authority(&state)?;
-    let certificate = certificates::sign(&authority, &application.public_key, &uuid, &[application.api_address])
+    let certificate = certificates::sign(&authority, &application.public_key, &uuid, &[application.address])
         .map_err(|error| errors::internal_error(error.to_string()))?;
     let id = reserve(cx, &state, &application).await?;
-    let admission = Admission { node_id: id, ca: authority.certificate, certificate };
+    let ca = state.all::<PoolSecret>().next().map(|row| row.get(pool_secret::CA_CERTIFICATE)).unwrap_or_default();
+    let admission = Admission { node_id: id, ca, certificate };
     tracing::info!(host = uuid, node = id, "a host may join");
     serde_json::to_string(&admission).map_err(|error| errors::internal_error(error.to_string()).into())
 }
@@ -144,8 +146,10 @@ pub(crate) async fn admit(cx: &Call, text: String) -> Served<String> {
 /// The pool's authority, with its key.
 pub(crate) fn authority(state: &State) -> Served<Issued> {
     let row = state.all::<PoolSecret>().next();
-    let authority =
-        row.map(|row| Issued { certificate: row.get(pool_secret::CA_CERTIFICATE), key: row.get(pool_secret::CA_KEY) });
+    let authority = row.map(|row| Issued {
+        certificate: certificates::newest(&row.get(pool_secret::CA_CERTIFICATE)).to_owned(),
+        key: row.get(pool_secret::CA_KEY),
+    });
     match authority.filter(|authority| !authority.key.is_empty()) {
         Some(authority) => Ok(authority),
         None => {
@@ -161,13 +165,19 @@ async fn reserve(cx: &Call, state: &State, application: &Application) -> Served<
     let uuid = application.host_uuid.to_string();
     let reference: Ref<Member> = cx.reference();
     let mut change = cx.transaction();
-    for row in state.all::<Member>().filter(|row| row.get(member::HOST_UUID) == uuid) {
+    // A pool has one witness.
+    let replaced =
+        |row: &&Arc<Row>| row.get(member::HOST_UUID) == uuid || (application.witness && row.get(member::WITNESS));
+    for row in state.all::<Member>().filter(replaced) {
         change.delete(row.typed::<Member>());
     }
     change.insert(
         NewRow::new(reference, cx.uuid())
             .with(member::HOST_UUID, uuid)
-            .with(member::API_ADDRESS, application.api_address.to_string())
+            .with(
+                member::API_ADDRESS,
+                if application.witness { String::new() } else { application.address.to_string() },
+            )
             .with(member::PEER_ADDRESS, application.peer_address.clone())
             .with(member::AGENT_ADDRESS, application.agent_address.clone())
             // A witness brings nothing, and no agent of it will be heard.
@@ -221,7 +231,7 @@ pub(crate) fn bring_in(
     let theirs = decode_rows(&bytes).map_err(|error| errors::internal_error(error.to_string()))?;
     let Some(host_row) = theirs.all::<Host>().next() else { return Ok(None) };
     let reference = host_row.typed::<Host>();
-    Newcomer::sort(state, &theirs).insert(change);
+    Luggage::sort(state, &theirs).insert(change);
     change
         .set(this, member::HOST, reference)
         .set(reference, host::ADDRESS, row.get(member::API_ADDRESS))
@@ -263,7 +273,7 @@ fn connect(shared: &Shared, state: &State, change: &mut Transaction, of: Ref<Hos
 }
 
 /// What a host brings, sorted into what is new, what the pool has already, and what stays behind.
-struct Newcomer {
+struct Luggage {
     /// To be made, in this pool's order of classes.
     new: Vec<Arc<Row>>,
     /// The host's reference → the pool's.
@@ -271,7 +281,7 @@ struct Newcomer {
     made: HashSet<OpaqueRef>,
 }
 
-impl Newcomer {
+impl Luggage {
     fn sort(ours: &State, theirs: &State) -> Self {
         let mut sorted = Self { new: Vec::new(), known: HashMap::new(), made: HashSet::new() };
         for class in BROUGHT.iter().filter_map(|name| ClassId::named(name)) {

@@ -182,6 +182,9 @@ async fn begin_anew(shared: &Arc<Shared>) -> Served<()> {
     }
     let state = shared.store.state();
     expect_no_ha(&state)?;
+    if !state.all::<MemberRow>().any(|row| node_id(row) == shared.store.node_id()) {
+        return refuse(errors::operation_not_allowed("This host has no copy of the pool's database"));
+    }
     let surroundings = shared.surroundings()?;
     let this = &surroundings.this;
     let uuid = this.host_uuid.to_string();
@@ -221,7 +224,11 @@ fn only_this(state: &State, change: &mut Transaction, uuid: &str, node: u64) {
     for row in state.all::<MemberRow>() {
         let reference = row.typed::<MemberRow>();
         if row.get(member::HOST_UUID) == uuid {
-            change.set(reference, member::NODE_ID, i64::try_from(node).unwrap_or(i64::MAX));
+            change.set(reference, member::NODE_ID, i64::try_from(node).unwrap_or(i64::MAX)).set(
+                reference,
+                member::CERTIFICATE,
+                String::new(),
+            );
         } else {
             change.delete(reference);
         }
@@ -242,7 +249,7 @@ async fn follow(shared: &Arc<Shared>, address: &str) -> Served<()> {
     let surroundings = shared.surroundings()?;
     let state = shared.store.state();
     let secret = state.all::<PoolSecret>().next().map(|row| row.get(pool_secret::SECRET)).unwrap_or_default();
-    let door = login_abroad(surroundings, address, Credential::Secret(secret)).await?;
+    let door = login_abroad(&*surroundings.abroad, address, Credential::Secret(secret)).await?;
     let parting = Parting::begin(shared)?;
     let seat = ask_in(surroundings, &door, String::new(), false).await?;
     let place = surroundings.home.begin().await.map_err(seat::unwritten)?;

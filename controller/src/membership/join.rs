@@ -1,15 +1,17 @@
 //! The host's side of a join, and of the way out.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use datamodel::fields::{local_user, member};
-use datamodel::{Host, LocalUser, Member, Ref, errors};
+use datamodel::{ApiError, Host, LocalUser, Member, Ref, errors};
 use raft_store::State;
 use serde_json::{Value as Json, json};
+use uuid::Uuid;
 
 use super::admission::{self, Admission, Application};
-use super::seat::{self, Alone, AskError, Parting, Seat, Surroundings};
-use super::{LEAVING, departure, expect_no_ha, is_live, member_of, node_id, persist};
+use super::seat::{self, Abroad, Alone, AskError, Parting, Seat, Surroundings};
+use super::{LEAVING, departure, expect_no_ha, is_live, member_of, node_id, persist, rotation};
 use crate::call::Call;
 use crate::certificates;
 use crate::controller::Shared;
@@ -29,7 +31,7 @@ pub(super) enum Credential {
 /// `pool.join` and `pool.join_force`: this host, a pool of its own, becomes one of another pool.
 pub(crate) async fn join(cx: &Call, address: String, user: String, password: String, force: bool) -> Served<()> {
     let surroundings = cx.shared.surroundings()?;
-    let door = login(surroundings, &address, Credential::Account(user, password)).await?;
+    let door = login(&*surroundings.abroad, &address, Credential::Account(user, password)).await?;
     let parting = Parting::begin(&cx.shared)?;
     let rows = admission::bring(&*cx.latest().await?);
     let seat = ask_in(surroundings, &door, rows, force).await?;
@@ -45,26 +47,70 @@ pub(super) struct Door {
     session: String,
 }
 
-/// Asks a pool's master to be let in; the seat that this host has there.
+/// Somebody who asks to be let in, as the pool's hosts reach it.
+#[derive(Debug, Clone, Copy)]
+pub struct Newcomer {
+    /// Of no host.
+    pub uuid: Uuid,
+    /// Where it listens for peers.
+    pub address: SocketAddr,
+}
+
+/// Asks a pool's master for a witness's vote; the seat that it has.
+///
+/// # Errors
+/// What the master has against it.
+pub async fn enrol_witness(
+    abroad: Arc<dyn Abroad>,
+    newcomer: &Newcomer,
+    master: &str,
+    user: &str,
+    password: &str,
+) -> Result<Seat, ApiError> {
+    let account = Credential::Account(user.to_owned(), password.to_owned());
+    let ask = async {
+        let door = login(&*abroad, master, account).await?;
+        let application = Application {
+            version: admission::VERSION,
+            host_uuid: newcomer.uuid,
+            address: newcomer.address.ip(),
+            peer_address: newcomer.address.to_string(),
+            agent_address: String::new(),
+            public_key: String::new(),
+            witness: true,
+            force: false,
+            rows: String::new(),
+        };
+        enter(&*abroad, &door, application).await
+    };
+    ask.await.map_err(Failure::into_api)
+}
+
+/// Asks a pool's master to let this host in; the seat that it has there.
 pub(super) async fn ask_in(surroundings: &Surroundings, door: &Door, rows: String, force: bool) -> Served<Seat> {
     let this = &surroundings.this;
-    let key = certificates::new_key().map_err(|error| errors::internal_error(error.to_string()))?;
     let application = Application {
         version: admission::VERSION,
         host_uuid: this.host_uuid,
-        api_address: this.api_address,
+        address: this.api_address,
         peer_address: this.peer_address.clone(),
         agent_address: this.agent_address.clone(),
-        public_key: key.public.clone(),
+        public_key: String::new(),
         witness: false,
         force,
         rows,
     };
+    enter(&*surroundings.abroad, door, application).await
+}
+
+async fn enter(abroad: &dyn Abroad, door: &Door, application: Application) -> Served<Seat> {
+    let key = certificates::new_key().map_err(|error| errors::internal_error(error.to_string()))?;
+    let application = Application { public_key: key.public.clone(), ..application };
     let text = serde_json::to_string(&application).map_err(|error| errors::internal_error(error.to_string()))?;
     let (master, session) = (&door.master, json!(door.session));
-    let answer = surroundings.abroad.ask(master, "pool.admit", vec![session.clone(), json!(text)]).await;
+    let answer = abroad.ask(master, "pool.admit", vec![session.clone(), json!(text)]).await;
     // A session that cannot be ended now expires by itself.
-    let _ = surroundings.abroad.ask(master, "session.logout", vec![session]).await;
+    let _ = abroad.ask(master, "session.logout", vec![session]).await;
     let answer = answer.map_err(|error| match error {
         AskError::Refused(description) if description.first().is_some_and(|code| code == "MESSAGE_METHOD_UNKNOWN") => {
             errors::hosts_not_compatible()
@@ -82,7 +128,7 @@ pub(super) async fn ask_in(surroundings: &Surroundings, door: &Door, rows: Strin
 }
 
 /// A session on the other pool's master, wherever a redirect leads.
-pub(super) async fn login(surroundings: &Surroundings, address: &str, credential: Credential) -> Served<Door> {
+pub(super) async fn login(abroad: &dyn Abroad, address: &str, credential: Credential) -> Served<Door> {
     let (method, params) = match credential {
         Credential::Account(user, password) => {
             ("session.login_with_password", vec![json!(user), json!(password), json!("2.21"), json!("xenith-join")])
@@ -91,7 +137,7 @@ pub(super) async fn login(surroundings: &Surroundings, address: &str, credential
     };
     let mut master = address.to_owned();
     for _ in 0..MOST_REDIRECTIONS {
-        match surroundings.abroad.ask(&master, method, params.clone()).await {
+        match abroad.ask(&master, method, params.clone()).await {
             Ok(Json::String(session)) => return Ok(Door { master, session }),
             Ok(_) => return refuse(errors::joining_host_service_failed()),
             Err(AskError::Refused(description)) if description.first().is_some_and(|code| code == "HOST_IS_SLAVE") => {
@@ -144,7 +190,7 @@ pub(crate) async fn eject(cx: &Call, this: Ref<Host>) -> Served<()> {
     .await
 }
 
-/// Watches for the word that this host is to go, and goes.
+/// Watches for the word that this host is to go, and goes; and for other certificates, and takes them.
 pub(crate) async fn attend(shared: &Arc<Shared>) {
     let Ok(surroundings) = shared.surroundings() else { return };
     let mut applied = shared.store.applied();
@@ -161,6 +207,11 @@ pub(crate) async fn attend(shared: &Arc<Shared>) {
             }
             tokio::time::sleep(std::time::Duration::from_secs(1)).await;
             continue;
+        }
+        match rotation::follow(shared, surroundings, &state).await {
+            Ok(false) => {}
+            Ok(true) => return,
+            Err(error) => tracing::error!(?error, "this host's new certificates are not written yet"),
         }
         if applied.changed().await.is_err() {
             return;

@@ -27,6 +27,8 @@ pub(crate) async fn designate(cx: &Call, this: Ref<Host>) -> Served<()> {
     let Some(node) = candidate.map(|row| node_id(row)) else {
         return refuse(errors::operation_not_allowed("The host keeps no copy of the pool's database"));
     };
+    // Until it leads, nobody finds that there is a voter too many.
+    let _turn = cx.shared.admissions.lock().await;
     if !store.voters().contains(&node) {
         let mut voters = store.voters();
         voters.insert(node);

@@ -11,6 +11,7 @@ pub(crate) mod emergency;
 pub(crate) mod join;
 pub(crate) mod mastership;
 pub(crate) mod precondition;
+pub(crate) mod rotation;
 pub(crate) mod seat;
 pub(crate) mod voters;
 
@@ -22,6 +23,7 @@ use crate::call::Call;
 use crate::failure::{Served, refuse};
 use crate::repeats::Stage;
 
+pub use join::{Newcomer, enrol_witness};
 pub use seat::{Abroad, Alone, AskError, Home, Seat, Surroundings};
 pub use voters::Policy as VoterPolicy;
 

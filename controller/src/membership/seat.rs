@@ -45,6 +45,8 @@ pub trait Home: Send + Sync + 'static {
     /// Furnishes the place and makes it the host's only seat from the next start on, in one step that a crash can
     /// only come before or after.
     async fn take(&self, place: &Path, seat: &Seat) -> io::Result<()>;
+    /// Replaces the certificates of the seat that the host has: the authorities it trusts, and its own.
+    async fn renew(&self, ca: &str, certificate: &str) -> io::Result<()>;
     /// Ends this life of the controller; the next one begins at once, on the seat that is taken.
     fn restart(&self);
 }

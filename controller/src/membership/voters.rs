@@ -106,6 +106,8 @@ pub(crate) async fn keep(shared: &Arc<Shared>) {
 /// One step towards what should be; the next look sees what came of it.
 async fn step(shared: &Arc<Shared>) {
     let store = &shared.store;
+    // Somebody else is changing the members.
+    let Ok(_turn) = shared.admissions.try_lock() else { return };
     let Ok(state) = store.read().await else { return };
     let rows: Vec<&Arc<Row>> = state.all::<MemberRow>().filter(|row| row.get(member::REPLICA)).collect();
     let this = store.node_id();

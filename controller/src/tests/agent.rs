@@ -57,7 +57,7 @@ impl Agent for Obedient {
             nics: vec![Nic { device: "eth0".into(), mtu: 1500, management: true, ..Nic::default() }],
             ..HostFacts::default()
         };
-        Ok(HelloReply { version: 1, host: self.host.to_string(), facts: Some(facts), features: Vec::new() })
+        Ok(HelloReply { version: 1, host: self.host.to_string(), facts: Some(facts), ..HelloReply::default() })
     }
 
     async fn perform(&self, step: Step, _: Duration) -> Result<DomainState, AgentError> {

@@ -89,6 +89,7 @@ impl Pool {
             election_wait: Duration::from_millis(200),
             redirect_sessions: false,
             ca_certificate: authority.certificate,
+            certificate: String::new(),
             ca_key: authority.key,
             voters: crate::VoterPolicy::default(),
             surroundings: None,

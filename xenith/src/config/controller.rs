@@ -174,16 +174,10 @@ pub struct Guest {
     pub args: String,
 }
 
-impl Check for ControllerConfig {
-    fn check(&self) -> Result<(), Fault> {
-        if self.node_id == 0 {
-            return fault("node_id", "node numbers start at 1");
-        }
-        if self.api.listen.is_empty() && self.api.plain_http.is_empty() && self.api.socket.is_none() {
-            return fault("api.listen", "no client could reach this host: give an address, or api.socket");
-        }
-        self.tls.check()?;
-        let Raft { heartbeat_ms, election_min_ms, election_max_ms } = self.raft;
+impl Raft {
+    /// Finds timings that contradict one another.
+    pub fn check(&self) -> Result<(), Fault> {
+        let Raft { heartbeat_ms, election_min_ms, election_max_ms } = *self;
         if heartbeat_ms == 0 || election_min_ms < heartbeat_ms * 2 {
             return fault(
                 "raft.election_min_ms",
@@ -193,6 +187,20 @@ impl Check for ControllerConfig {
         if election_max_ms <= election_min_ms {
             return fault("raft.election_max_ms", "must be greater than raft.election_min_ms, or votes split for ever");
         }
+        Ok(())
+    }
+}
+
+impl Check for ControllerConfig {
+    fn check(&self) -> Result<(), Fault> {
+        if self.node_id == 0 {
+            return fault("node_id", "node numbers start at 1");
+        }
+        if self.api.listen.is_empty() && self.api.plain_http.is_empty() && self.api.socket.is_none() {
+            return fault("api.listen", "no client could reach this host: give an address, or api.socket");
+        }
+        self.tls.check()?;
+        self.raft.check()?;
         if !matches!(self.membership.voters, 1 | 3 | 5 | 7) {
             return fault("membership.voters", "must be 1, 3, 5 or 7: an even number survives no more deaths");
         }

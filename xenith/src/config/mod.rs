@@ -7,6 +7,7 @@
 mod agent;
 mod controller;
 mod secret;
+mod witness;
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use thiserror::Error;
 pub use agent::AgentConfig;
 pub use controller::{Api, ControllerConfig, Founding, Guest, Member, Membership, Peers, Raft};
 pub use secret::root_password;
+pub use witness::WitnessConfig;
 
 use crate::telemetry::LogFormat;
 

@@ -8,14 +8,16 @@
 //! It ends in the order that costs least: mastership is handed over while everything still works, then clients are let
 //! go, then the chores end, then the store closes.
 
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use controller::certificates::Issued;
 use controller::{
-    Agents, Controller, ControllerConfig as Rules, Guest, InitialMember, Surroundings, SystemClock, VoterPolicy,
+    Agents, Controller, ControllerConfig as Rules, Guest, InitialMember, Seat, Surroundings, SystemClock, VoterPolicy,
 };
 use gateway::{Calls, ForwardClient, Gateway, GatewayConfig, HttpsAbroad, TlsFiles, forward_service};
 use raft_store::{PeerTls, Store, StoreConfig};
@@ -23,7 +25,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::server::{Router, TcpIncoming};
 
 use super::seat::Seats;
 use super::{on_runtime, signals};
@@ -38,7 +40,7 @@ const CONNECTIONS: usize = 4096;
 /// A peer that is gone without a word is noticed after this long.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// How long the chores may take to end, and then the store to close.
-const FAREWELL: Duration = Duration::from_secs(3);
+pub(super) const FAREWELL: Duration = Duration::from_secs(3);
 
 /// Why the controller ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +99,7 @@ struct FirstSeat {
 impl Place {
     /// The seat that was taken last, or what the configuration says.
     fn of(config: &ControllerConfig, seats: &Seats) -> anyhow::Result<Self> {
-        let Some((database, seat)) = seats.current()? else { return Self::configured(config) };
+        let Some((database, seat)) = seats.current()? else { return Self::configured(config, seats) };
         let tls = PeerTls { ca: seat.ca, certificate: seat.identity.certificate, key: seat.identity.key };
         let founding = match seat.alone {
             None => None,
@@ -111,7 +113,7 @@ impl Place {
         Ok(Self { database, node_id: seat.node_id, tls, founding })
     }
 
-    fn configured(config: &ControllerConfig) -> anyhow::Result<Self> {
+    fn configured(config: &ControllerConfig, seats: &Seats) -> anyhow::Result<Self> {
         let tls = PeerTls {
             ca: read(&config.tls.ca)?,
             certificate: read(&config.tls.certificate)?,
@@ -129,6 +131,12 @@ impl Place {
                 })
             }
         };
+        seats.has(&Seat {
+            node_id: config.node_id,
+            ca: tls.ca.clone(),
+            identity: Issued { certificate: tls.certificate.clone(), key: tls.key.clone() },
+            alone: None,
+        });
         Ok(Self { database: config.data_dir.clone(), node_id: config.node_id, tls, founding })
     }
 }
@@ -149,7 +157,9 @@ async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::R
     let rules = rules(&config, &place, &seats)?;
     let controller = Controller::new(store.clone(), agents, rules, Arc::new(SystemClock), stopping.clone());
     let calls: Arc<dyn Calls> = Arc::new(controller.clone());
-    let mut peers = listen_to_peers(&config, &tls, &store, Arc::clone(&calls))?;
+    let forwarded = forward_service(Arc::clone(&calls));
+    let services = |server: &mut Server| server.add_service(store.service()).add_service(forwarded);
+    let mut peers = serve_peers(config.peers.listen, &tls, services)?;
     if let Some(founding) = place.founding.as_ref().filter(|founding| founding.initialize) {
         let members: Vec<_> = founding.members.iter().filter(|member| member.replica).map(store_member).collect();
         store.initialize(&members).await.context("cannot start consensus")?;
@@ -166,9 +176,7 @@ async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::R
             _ => bail!("peers can no longer reach this host"),
         },
     };
-    if !matches!(outcome, Ok(Ended::ForAnotherSeat)) {
-        store.hand_over().await;
-    }
+    store.hand_over().await;
     stopping.cancel();
     gateway.ended().await;
     if timeout(FAREWELL, chores).await.is_err() {
@@ -182,22 +190,19 @@ async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::R
     outcome
 }
 
-fn listen_to_peers(
-    config: &ControllerConfig,
+/// Serves peers at an address, with mutual TLS.
+pub(super) fn serve_peers(
+    address: SocketAddr,
     tls: &PeerTls,
-    store: &Store,
-    calls: Arc<dyn Calls>,
+    services: impl FnOnce(&mut Server) -> Router,
 ) -> anyhow::Result<JoinHandle<Result<(), tonic::transport::Error>>> {
-    let address = config.peers.listen;
     let incoming = TcpIncoming::bind(address).with_context(|| format!("cannot listen on {address} for peers"))?;
-    let server = Server::builder()
+    let mut server = Server::builder()
         .tls_config(tls.server())
-        .context("the files under [tls] do not make an identity")?
+        .context("the host's certificates do not make an identity")?
         .http2_keepalive_interval(Some(KEEP_ALIVE))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .add_service(store.service())
-        .add_service(forward_service(calls));
-    Ok(tokio::spawn(server.serve_with_incoming(incoming.with_nodelay(Some(true)))))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE));
+    Ok(tokio::spawn(services(&mut server).serve_with_incoming(incoming.with_nodelay(Some(true)))))
 }
 
 fn gateway_config(config: &ControllerConfig) -> GatewayConfig {
@@ -247,6 +252,7 @@ fn rules(config: &ControllerConfig, place: &Place, seats: &Seats) -> anyhow::Res
         election_wait: Duration::from_millis(config.api.election_wait_ms),
         redirect_sessions: config.api.redirect_sessions,
         ca_certificate: place.tls.ca.clone(),
+        certificate: place.tls.certificate.clone(),
         ca_key: founding.map(|founding| founding.ca_key.clone()).unwrap_or_default(),
         surroundings,
         voters: VoterPolicy {

@@ -4,6 +4,7 @@ mod agent;
 mod controller;
 mod seat;
 mod signals;
+mod witness;
 
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use anyhow::Context;
 
 pub use agent::agent;
 pub use controller::controller;
+pub use witness::witness;
 
 /// How long tasks may take to end after the last of them was told to.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(2);

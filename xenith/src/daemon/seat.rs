@@ -13,6 +13,7 @@
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, bail};
 use async_trait::async_trait;
@@ -26,9 +27,11 @@ const PREFIX: &str = "seat-";
 const VERSION: u32 = 1;
 
 /// The directory of seats.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Seats {
     root: PathBuf,
+    /// What the configuration says, where no seat was ever taken.
+    first: Arc<OnceLock<Seat>>,
     /// Cancelled when this life is to end and the next to begin.
     again: CancellationToken,
 }
@@ -50,12 +53,17 @@ struct Founding {
 impl Seats {
     /// Those in this directory.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned(), again: CancellationToken::new() }
+        Self { root: root.to_owned(), first: Arc::default(), again: CancellationToken::new() }
     }
 
     /// Told when the controller is to start anew.
     pub fn again(&self) -> &CancellationToken {
         &self.again
+    }
+
+    /// The host is what its configuration says.
+    pub fn has(&self, seat: &Seat) {
+        let _ = self.first.set(seat.clone());
     }
 
     /// The seat that was taken last, with the place of its database; none where the configuration says it all. What
@@ -99,7 +107,8 @@ impl Seats {
             let left = if name.starts_with(PREFIX) {
                 taken != Some(path.as_path())
             } else {
-                taken.is_some() && of_the_database(&name)
+                // A first seat whose certificates were replaced keeps its database where it is.
+                taken.is_some_and(|place| !place.join("db").is_symlink()) && of_the_database(&name)
             };
             if !left {
                 continue;
@@ -119,6 +128,30 @@ impl Seats {
         let place = self.root.join(format!("{PREFIX}{}", numbers.max().unwrap_or(0) + 1));
         private_dir(&place)?;
         Ok(place)
+    }
+
+    /// Replaces the certificates of the seat there is. A host without one takes its first: the same, in a place where
+    /// they can be replaced.
+    fn replace(&self, ca: &str, certificate: &str) -> io::Result<()> {
+        let tls = self.root.join(CURRENT).join("tls");
+        if tls.is_dir() {
+            for (name, text) in [("ca.pem", ca), ("host.pem", certificate)] {
+                let fresh = tls.join(format!("{name}.new"));
+                match std::fs::remove_file(&fresh) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                }
+                private_file(&fresh, text)?;
+                std::fs::rename(&fresh, tls.join(name))?;
+            }
+            return sync_dir(&tls);
+        }
+        let first = self.first.get().ok_or_else(|| io::Error::other("this host has no seat"))?;
+        let mut seat = first.clone();
+        (seat.ca, seat.identity.certificate) = (ca.to_owned(), certificate.to_owned());
+        let place = self.make()?;
+        std::os::unix::fs::symlink("..", place.join("db"))?;
+        self.furnish(&place, &seat)
     }
 
     fn furnish(&self, place: &Path, seat: &Seat) -> io::Result<()> {
@@ -184,6 +217,11 @@ impl Home for Seats {
     async fn take(&self, place: &Path, seat: &Seat) -> io::Result<()> {
         let (this, place, seat) = (self.clone(), place.to_owned(), seat.clone());
         tokio::task::spawn_blocking(move || this.furnish(&place, &seat)).await.map_err(io::Error::other)?
+    }
+
+    async fn renew(&self, ca: &str, certificate: &str) -> io::Result<()> {
+        let (this, ca, certificate) = (self.clone(), ca.to_owned(), certificate.to_owned());
+        tokio::task::spawn_blocking(move || this.replace(&ca, &certificate)).await.map_err(io::Error::other)?
     }
 
     fn restart(&self) {
