@@ -5,16 +5,18 @@
 //! two hosts of the pool disbelieve each other, whoever dies meanwhile and whoever is master. A host that is away stops
 //! the rotation where it is until it is back or forgotten.
 //!
-//! A host's controller starts anew on its new files, one host after the other, the master last and with its lead
-//! handed over; the agent reads them by itself.
+//! One host after the other is told, the master last: its controller starts anew on its new files, with the lead handed
+//! over if it has it, and the next one is told when it is heard again. Agents read the files by themselves, and tell the
+//! master what they read.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::fields::{member, pool, pool_secret};
 use datamodel::{Host, Member, Pool, PoolSecret, Ref, errors};
 use proto::agent::{HelloReply, HelloRequest};
-use raft_store::{Leadership, LogIndex, Row, State, Transaction};
+use raft_store::{LogIndex, Row, State, Transaction};
 use uuid::Uuid;
 
 use super::seat::Surroundings;
@@ -24,9 +26,11 @@ use crate::certificates::{self, Issued};
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
 
-/// Hosts start anew one after the other, so long apart.
-const APART: Duration = Duration::from_millis(400);
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// A controller that is to start anew has begun to within this time after its files were seen.
+const SETTLED: Duration = Duration::from_millis(500);
+/// A host that was heard within this time is there.
+const HEARD: Duration = Duration::from_millis(300);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Everybody is to trust the new authority, too.
 const TRUST: &str = "trust";
@@ -50,6 +54,9 @@ pub(crate) async fn rotate(cx: &Call) -> Served<()> {
         expect_no_ha(state)?;
         if let Some(row) = state.all::<Host>().find(|row| !is_live(state, row)) {
             return refuse(errors::cannot_contact_host(row.typed::<Host>()));
+        }
+        if hosts(state).any(|row| !row.get(member::REPLICA)) {
+            return refuse(errors::operation_not_allowed("A host without a controller cannot take other certificates"));
         }
         let row = secret(state)?;
         if !row.get(pool_secret::PHASE).is_empty() {
@@ -104,67 +111,83 @@ async fn ask(shared: &Shared, state: &State, row: &Row, epoch: LogIndex) -> Opti
 
 /// Brings a rotation that is under way to its end, as long as this node leads.
 pub(crate) async fn keep(shared: &Arc<Shared>, epoch: LogIndex) {
+    let mut settled = HashSet::new();
     loop {
         tokio::time::sleep(LOOK_AGAIN).await;
-        if let Err(error) = step(shared, epoch).await {
+        if let Err(error) = step(shared, epoch, &mut settled).await {
             tracing::debug!(?error, "the rotation of certificates goes on later");
         }
     }
 }
 
-async fn step(shared: &Arc<Shared>, epoch: LogIndex) -> Served<()> {
+/// Tells the next host, or waits for the one that was told, or begins the next phase.
+async fn step(shared: &Arc<Shared>, epoch: LogIndex, settled: &mut HashSet<Ref<Member>>) -> Served<()> {
     let state = shared.store.read().await?;
     let row = secret(&state)?;
     let phase = row.get(pool_secret::PHASE);
     if phase.is_empty() {
+        settled.clear();
         return Ok(());
     }
     let bundle = row.get(pool_secret::CA_CERTIFICATE);
-    let rows: Vec<&Arc<Row>> = hosts(&state).collect();
-    let replies = futures::future::join_all(rows.iter().map(|row| ask(shared, &state, row, epoch))).await;
+    let authority = admission::authority(&state)?;
     let mut change = shared.transaction();
     change.expect_row(row);
-    for (row, reply) in rows.iter().zip(&replies) {
-        let Some(reply) = reply else { return Ok(()) };
-        let has = if phase == CERTIFY {
-            reply.certificate == row.get(member::CERTIFICATE)
+    let mut rows: Vec<&Arc<Row>> = hosts(&state).collect();
+    rows.sort_by_key(|row| node_id(row) == shared.store.node_id());
+    for row in rows {
+        let reference = row.typed::<Member>();
+        if settled.contains(&reference) {
+            continue;
+        }
+        let Some(reply) = ask(shared, &state, row, epoch).await else { return Ok(()) };
+        let (told, shown) = if phase == CERTIFY {
+            (row.get(member::CERTIFIER) == authority.certificate, reply.certificate == row.get(member::CERTIFICATE))
         } else {
-            reply.authorities == bundle
+            (row.get(member::TRUSTS) == bundle, reply.authorities == bundle)
         };
-        if !has {
+        if !told {
+            change.expect_row(row);
+            if phase == CERTIFY {
+                change.set(reference, member::CERTIFICATE, renewed(&authority, row, &reply)?).set(
+                    reference,
+                    member::CERTIFIER,
+                    authority.certificate,
+                );
+            } else {
+                change.set(reference, member::TRUSTS, bundle);
+            }
+            shared.store.commit(change).await?;
             return Ok(());
         }
-    }
-    // The files are there: now every controller starts anew on them, this one last.
-    tokio::time::sleep(APART * u32::try_from(rows.len() + 2).unwrap_or(u32::MAX)).await;
-    let away = |row: &&&Arc<Row>| {
+        if !shown {
+            return Ok(());
+        }
+        tokio::time::sleep(SETTLED).await;
         let seen = shared.store.progress();
-        row.get(member::REPLICA) && seen.get(&node_id(row)).is_none_or(|seen| seen.silent.is_none_or(|it| it > APART))
-    };
-    if rows.iter().any(|row| away(&row)) {
-        return Ok(());
+        let silent = seen.get(&node_id(row)).and_then(|seen| seen.silent);
+        if row.get(member::REPLICA) && silent.is_none_or(|silent| silent > HEARD) {
+            return Ok(());
+        }
+        settled.insert(reference);
     }
     let reference = row.typed::<PoolSecret>();
-    let authority = admission::authority(&state)?;
     match phase.as_str() {
         TRUST => {
-            for (row, reply) in rows.iter().zip(replies.iter().flatten()) {
-                change.expect_row(row).set(
-                    row.typed::<Member>(),
-                    member::CERTIFICATE,
-                    renewed(&authority, row, reply)?,
-                );
-            }
             change.set(reference, pool_secret::PHASE, CERTIFY.to_owned());
         }
         CERTIFY => {
-            change.set(reference, pool_secret::CA_CERTIFICATE, authority.certificate);
-            change.set(reference, pool_secret::PHASE, DROP.to_owned());
+            change.set(reference, pool_secret::CA_CERTIFICATE, authority.certificate).set(
+                reference,
+                pool_secret::PHASE,
+                DROP.to_owned(),
+            );
         }
         _ => finish(&state, &mut change, reference),
     }
-    tracing::info!(phase, "a phase of the rotation of certificates is over");
     shared.store.commit(change).await?;
+    settled.clear();
+    tracing::info!(phase, "a phase of the rotation of certificates is over");
     Ok(())
 }
 
@@ -175,25 +198,17 @@ fn finish(state: &State, change: &mut Transaction, reference: Ref<PoolSecret>) {
     }
 }
 
-/// Whether this host's files are not those of the rows, and then makes them so.
+/// Whether this host was told to have other certificates: then its files are those now, and it starts anew.
 pub(crate) async fn follow(shared: &Shared, surroundings: &Surroundings, state: &State) -> Served<bool> {
-    let this = shared.store.node_id();
-    let Some(row) = hosts(state).find(|row| node_id(row) == this) else { return Ok(false) };
-    let Ok(secret) = secret(state) else { return Ok(false) };
-    let bundle = secret.get(pool_secret::CA_CERTIFICATE);
-    let certificate = row.get(member::CERTIFICATE);
-    let certificate = if certificate.is_empty() { shared.config.certificate.clone() } else { certificate };
-    if bundle == shared.config.ca_certificate && certificate == shared.config.certificate {
+    let Some(row) = hosts(state).find(|row| node_id(row) == shared.store.node_id()) else { return Ok(false) };
+    let config = &shared.config;
+    let or = |told: String, has: &String| if told.is_empty() { has.clone() } else { told };
+    let trusts = or(row.get(member::TRUSTS), &config.ca_certificate);
+    let certificate = or(row.get(member::CERTIFICATE), &config.certificate);
+    if (&trusts, &certificate) == (&config.ca_certificate, &config.certificate) {
         return Ok(false);
     }
-    surroundings.home.renew(&bundle, &certificate).await.map_err(super::seat::unwritten)?;
-    // A host after the other, so that a majority is always there.
-    let rank = hosts(state).filter(|other| node_id(other) < this).count();
-    tokio::time::sleep(APART * u32::try_from(rank).unwrap_or(u32::MAX)).await;
-    let others = hosts(state).count();
-    if matches!(*shared.store.leadership().borrow(), Leadership::Leader { .. }) {
-        tokio::time::sleep(APART * u32::try_from(others - rank).unwrap_or(u32::MAX)).await;
-    }
+    surroundings.home.renew(&trusts, &certificate).await.map_err(super::seat::unwritten)?;
     tracing::info!("this host's certificates are others now: starting anew on them");
     surroundings.home.restart();
     Ok(true)

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use datamodel::Member as MemberRow;
 use datamodel::fields::member;
-use raft_store::{Member, Row};
+use raft_store::{LogIndex, Member, Progress, Row};
 
 use super::node_id;
 use crate::controller::Shared;
@@ -42,8 +42,10 @@ pub(crate) struct Candidate {
     pub(crate) leads: bool,
     pub(crate) votes: bool,
     pub(crate) witness: bool,
-    /// Since when it has not been heard; none: never.
+    /// Since when it has not been heard; none: never in this term.
     pub(crate) silent: Option<Duration>,
+    /// How long the leader has been in office.
+    pub(crate) term: Duration,
     /// So many entries behind.
     pub(crate) behind: u64,
 }
@@ -56,13 +58,23 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// A member that has left is told so for this long.
 const REMEMBER_LEAVING: i64 = 600;
 
+/// Whether a member is there and has most of the log.
+pub(crate) fn is_close(seen: &Progress, applied: LogIndex) -> bool {
+    close(applied.0.saturating_sub(seen.matched.0), seen.silent)
+}
+
+fn close(behind: u64, silent: Option<Duration>) -> bool {
+    behind <= CLOSE_ENTRIES && silent.is_some_and(|silent| silent < HEARD)
+}
+
 impl Candidate {
     fn can_be_promoted(&self) -> bool {
-        self.behind <= CLOSE_ENTRIES && self.silent.is_some_and(|silent| silent < HEARD)
+        close(self.behind, self.silent)
     }
 
     fn is_gone(&self, policy: &Policy) -> bool {
-        !self.leads && self.silent.is_none_or(|silent| silent >= policy.replace_after)
+        // A new leader has heard nobody yet.
+        !self.leads && self.silent.unwrap_or(self.term) >= policy.replace_after
     }
 }
 
@@ -97,14 +109,15 @@ pub(crate) fn choose(candidates: &[Candidate], policy: &Policy) -> BTreeSet<u64>
 
 /// Keeps the Raft group as the rows and the policy say, as long as this node leads.
 pub(crate) async fn keep(shared: &Arc<Shared>) {
+    let office = tokio::time::Instant::now();
     loop {
-        step(shared).await;
+        step(shared, office.elapsed()).await;
         tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 
 /// One step towards what should be; the next look sees what came of it.
-async fn step(shared: &Arc<Shared>) {
+async fn step(shared: &Arc<Shared>, term: Duration) {
     let store = &shared.store;
     // Somebody else is changing the members.
     let Ok(_turn) = shared.admissions.try_lock() else { return };
@@ -131,6 +144,7 @@ async fn step(shared: &Arc<Shared>) {
                 votes: voters.contains(&id),
                 witness: row.get(member::WITNESS),
                 silent: seen.and_then(|seen| seen.silent),
+                term,
                 behind: seen.map_or(u64::MAX, |seen| state.applied.0.saturating_sub(seen.matched.0)),
             }
         })
@@ -181,7 +195,8 @@ mod tests {
     const POLICY: Policy = Policy { most: 5, replace_after: Duration::from_secs(300) };
 
     fn host(node_id: u64, votes: bool) -> Candidate {
-        Candidate { node_id, leads: node_id == 1, votes, witness: false, silent: Some(Duration::ZERO), behind: 0 }
+        let term = Duration::from_secs(3600);
+        Candidate { node_id, leads: node_id == 1, votes, witness: false, silent: Some(Duration::ZERO), term, behind: 0 }
     }
 
     fn hosts(count: u64, voters: u64) -> Vec<Candidate> {
@@ -212,6 +227,18 @@ mod tests {
         // It comes back, and has no vote to claim.
         four[2] = host(3, false);
         four[3].votes = true;
+        assert_eq!(chosen(&four), [1, 2, 4]);
+    }
+
+    #[test]
+    fn a_new_leader_takes_nobody_for_gone_whom_it_has_not_had_the_time_to_hear() {
+        let mut four = hosts(4, 3);
+        for candidate in &mut four {
+            candidate.term = Duration::from_millis(250);
+        }
+        (four[1].silent, four[2].silent) = (None, None);
+        assert_eq!(chosen(&four), [1, 2, 3]);
+        four[2].term = Duration::from_secs(300);
         assert_eq!(chosen(&four), [1, 2, 4]);
     }
 
