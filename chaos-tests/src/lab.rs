@@ -63,6 +63,8 @@ pub struct Host {
     pub agent_pid: Option<i32>,
     /// `running`, `paused`, `partial` or `dead`.
     pub state: String,
+    /// Uuid of the pool that it says it belongs to.
+    pub pool: Option<String>,
 }
 
 impl Host {

@@ -195,6 +195,10 @@ impl Call {
     /// Commits, and says with it how far the call has come: to who repeats it, and to its task. From the first success
     /// on a call that nobody can recognise again can no longer be asked elsewhere.
     pub(crate) async fn commit_as(&self, mut transaction: Transaction, stage: Stage) -> Result<LogIndex, CommitError> {
+        if self.shared.parting.load(Ordering::Acquire) {
+            // It would be left behind.
+            return Err(CommitError::NotLeader(NotLeader { leader: None }));
+        }
         if let Some(repeat) = &self.repeat {
             repeat.record(&self.shared, &mut transaction, &stage);
         }

@@ -1,6 +1,7 @@
 //! The controller of one host: answers calls while its node leads, and does the master's chores.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use datamodel::Timestamp;
@@ -12,6 +13,8 @@ use crate::agent::Agents;
 use crate::call::{Refusal, Reply, Request};
 use crate::clock::{Clock, Office};
 use crate::first_boot::Guest;
+use crate::membership::emergency::LocalSessions;
+use crate::membership::{Surroundings, VoterPolicy, join, rotation, voters};
 use crate::{dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
 
 /// What a controller is told when it starts.
@@ -29,6 +32,14 @@ pub struct ControllerConfig {
     pub redirect_sessions: bool,
     /// The pool's certificate authority, to be kept in the replicated state.
     pub ca_certificate: String,
+    /// What this host shows to others of its pool.
+    pub certificate: String,
+    /// The authority's key, by which hosts can join; empty where the operator keeps it.
+    pub ca_key: String,
+    /// How the pool chooses who votes.
+    pub voters: VoterPolicy,
+    /// What it takes to change pools; none for a controller that cannot.
+    pub surroundings: Option<Surroundings>,
 }
 
 /// A host's controller. Clones are handles of the same one.
@@ -45,6 +56,11 @@ pub(crate) struct Shared {
     pub(crate) agents: Agents,
     pub(crate) sessions: sessions::Activity,
     pub(crate) tasks: tasks::Running,
+    pub(crate) local_sessions: LocalSessions,
+    /// The host is on its way to another seat: nothing is written on this one any more.
+    pub(crate) parting: AtomicBool,
+    /// Members change one at a time.
+    pub(crate) admissions: tokio::sync::Mutex<()>,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -93,6 +109,9 @@ impl Controller {
             agents,
             sessions: sessions::Activity::default(),
             tasks: tasks::Running::default(),
+            local_sessions: LocalSessions::default(),
+            parting: AtomicBool::new(false),
+            admissions: tokio::sync::Mutex::new(()),
             shutdown,
         };
         Self { shared: Arc::new(shared) }
@@ -133,8 +152,17 @@ impl Controller {
         }
     }
 
-    /// Does the master's chores whenever this node leads, until shutdown.
+    /// Does the master's chores whenever this node leads, and hears when this host is to go, until shutdown.
     pub async fn run(&self) {
+        tokio::join!(self.lead(), async {
+            tokio::select! {
+                () = join::attend(&self.shared) => {}
+                () = self.shared.shutdown.cancelled() => {}
+            }
+        });
+    }
+
+    async fn lead(&self) {
         let shared = &self.shared;
         let mut leadership = shared.store.leadership();
         loop {
@@ -187,5 +215,7 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
         sessions::collect(shared),
         tasks::collect(shared),
         repeats::collect(shared),
+        voters::keep(shared),
+        rotation::keep(shared, epoch),
     );
 }

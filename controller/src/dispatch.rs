@@ -10,6 +10,7 @@ use crate::api;
 use crate::call::{Call, Caller, Refusal, Reply, Request, Transport};
 use crate::controller::Shared;
 use crate::failure::Failure;
+use crate::membership::emergency;
 use crate::repeats::{self, Repeat};
 use crate::{events, implicit, tasks};
 
@@ -17,6 +18,9 @@ use crate::{events, implicit, tasks};
 pub(crate) async fn call(shared: &Arc<Shared>, request: Request) -> Result<Reply, Refusal> {
     if let Some(reply) = everywhere(&request) {
         return reply;
+    }
+    if let Some(answer) = emergency::serve(shared, &request).await {
+        return answer;
     }
     let leading = matches!(*shared.store.leadership().borrow(), Leadership::Leader { .. });
     if !leading {
@@ -62,7 +66,12 @@ fn is_login(method: &str) -> bool {
 /// its master; calls with a session are sent on, because clients that hold one never recover from a redirect.
 async fn elsewhere(shared: &Arc<Shared>, caller: &Caller, login: bool) -> Result<Reply, Refusal> {
     let mut leadership = shared.store.leadership();
-    let known = leadership.wait_for(|leadership| !matches!(leadership, Leadership::Electing));
+    // A witness that leads is about to hand on.
+    let known = leadership.wait_for(|leadership| match leadership {
+        Leadership::Electing => false,
+        Leadership::Follower { leader } => !leader.api_address.is_empty(),
+        Leadership::Leader { .. } => true,
+    });
     let leader = match tokio::time::timeout(shared.config.election_wait, known).await {
         Ok(Ok(known)) => match &*known {
             Leadership::Follower { leader } => leader.clone(),

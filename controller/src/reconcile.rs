@@ -6,6 +6,7 @@
 //! nobody can know whether they still run, and without high availability nobody may start them elsewhere.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,12 +16,13 @@ use futures::StreamExt;
 use proto::agent::agent_event::Event;
 use proto::agent::{DestroyDomain, DomainState, HelloRequest, PowerState, Step, WatchRequest, step::Action};
 use raft_store::{CommitError, LogIndex, Row, State};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
 use crate::controller::Shared;
 use crate::failure::{Failure, Served};
+use crate::membership::LEAVING;
 use crate::operations::{Shadow, show};
 use crate::{first_boot, placement};
 
@@ -33,21 +35,32 @@ const MEMORY_STEP: i64 = 16 << 20;
 /// Follows every host until the term ends.
 pub(crate) async fn run(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
     let mut hosts: JoinSet<()> = JoinSet::new();
-    let mut followed: HashMap<Ref<Member>, ()> = HashMap::new();
+    let mut followed: HashMap<Ref<Member>, AbortHandle> = HashMap::new();
     let mut applied = shared.store.applied();
     loop {
-        for row in shared.store.state().all::<Member>() {
+        let state = shared.store.state();
+        let wanted = |row: &&Arc<Row>| row.get(member::STANDING) != LEAVING && !row.get(member::WITNESS);
+        for row in state.all::<Member>().filter(wanted) {
             let reference = row.typed::<Member>();
-            if followed.insert(reference, ()).is_none() {
+            if let Entry::Vacant(place) = followed.entry(reference) {
                 let (shared, term) = (Arc::clone(shared), term.clone());
-                hosts.spawn(async move {
+                place.insert(hosts.spawn(async move {
                     tokio::select! {
                         () = follow(&shared, reference, epoch) => {}
                         () = term.cancelled() => {}
                     }
-                });
+                }));
             }
         }
+        // Who has left is no longer asked.
+        followed.retain(|reference, task| {
+            let stays = state.row(*reference).is_some_and(|row| wanted(&row));
+            if !stays {
+                task.abort();
+            }
+            stays
+        });
+        while hosts.try_join_next().is_some() {}
         tokio::select! {
             changed = applied.changed() => if changed.is_err() { return },
             () = term.cancelled() => return,

@@ -25,7 +25,10 @@ const SESSIONS_IN_A_GROUP: usize = 500;
 const WRITE_BACK_SECONDS: i64 = 600;
 const PASS_EVERY: Duration = Duration::from_secs(30);
 /// A failed login is answered after this long; others are not held up.
-const FAILURE_DELAY: Duration = Duration::from_secs(2);
+pub(crate) const FAILURE_DELAY: Duration = Duration::from_secs(2);
+
+/// Who hosts are, when they log in with the pool's secret.
+pub(crate) const HOSTS: &str = "pool";
 
 /// When sessions were last used, as this master saw it.
 #[derive(Default)]
@@ -57,8 +60,13 @@ pub(crate) async fn login(call: &Call, user: String, secret: String, originator:
     if call.caller.transport == Transport::Tcp {
         verify(call, &user, &secret).await?;
     }
+    open(call, user, originator).await
+}
+
+/// A session of somebody who has been recognised.
+pub(crate) async fn open(call: &Call, user: String, originator: String) -> Served<Ref<Session>> {
     let user = if call.caller.transport == Transport::Unix { "root".to_owned() } else { user };
-    let superuser = user == "root";
+    let superuser = user == "root" || user == HOSTS;
     let now = call.now();
     let host = call
         .state

@@ -71,6 +71,9 @@ struct FieldEntry {
 #[serde(deny_unknown_fields)]
 struct MessageEntry {
     params: Vec<String>,
+    /// Between hosts, or of a host's own console: served, and not listed.
+    #[serde(default)]
+    hidden: bool,
     #[serde(default = "yes")]
     session: bool,
     result: Option<String>,
@@ -261,7 +264,7 @@ fn explicit(
         asynchronous: entry.r#async,
         since: leak(entry.since),
         state: lifecycle(entry.state.as_deref()),
-        hidden: false,
+        hidden: entry.hidden,
         name: leak(name.to_owned()),
         full_name,
     }

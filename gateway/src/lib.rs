@@ -3,6 +3,7 @@
 //! XML-RPC and JSON-RPC over TLS, plain HTTP where it is allowed, and the host's Unix socket; calls that
 //! this host cannot answer go to the member that can, as they came.
 
+mod abroad;
 mod body;
 mod calls;
 mod forward;
@@ -12,6 +13,7 @@ mod listen;
 mod tls;
 mod xmlrpc;
 
+pub use abroad::HttpsAbroad;
 pub use calls::Calls;
 pub use forward::{ForwardClient, forward_service};
 pub use listen::{Gateway, GatewayConfig, GatewayError};

@@ -4,19 +4,21 @@ use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::agent::agent_server::AgentServer;
 use thiserror::Error;
+use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 
-use crate::config::{Config, TlsFiles};
+use crate::config::Config;
 use crate::facts::Host;
 use crate::hypervisor::{self, OpenError, Site};
+use crate::identity::{self, Identity};
 use crate::ledger::{Ledger, REMEMBERED};
 use crate::service::Service;
 use crate::steps::Steps;
@@ -38,8 +40,8 @@ pub enum StartError {
         source: io::Error,
     },
     /// What is in those files.
-    #[error("the TLS files do not make an identity")]
-    Identity(#[source] tonic::transport::Error),
+    #[error("the TLS files do not make an identity: {0}")]
+    Identity(String),
     /// The state directory.
     #[error("cannot use the state directory {path}")]
     State {
@@ -81,7 +83,7 @@ impl Agent {
     /// Finds the domains that are there, then serves until `shutdown`.
     pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Self, StartError> {
         let lock = take(&config.state_dir)?;
-        let tls = tls(&config.tls)?;
+        let identity = Arc::new(Identity::open(&config)?);
         let host = Host::read(&config);
         // The agent's own token: whatever ends it, ends its tasks.
         let shutdown = shutdown.child_token();
@@ -99,16 +101,16 @@ impl Agent {
         .await?;
 
         let listen = |source| StartError::Listen { address: config.listen, source };
-        let incoming = TcpIncoming::bind(config.listen).map_err(listen)?.with_nodelay(Some(true));
-        let address = incoming.local_addr().map_err(listen)?;
+        let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        let incoming = identity::incoming(listener, Arc::clone(&identity), &tasks, shutdown.clone());
         let steps = Steps::new(hypervisor.clone(), ledger, config.pool, tasks.clone(), shutdown.clone());
         let features = hypervisor.features();
         tracing::info!(%address, driver = features.name, version = features.version, accelerator = features.accelerator,
             domains = hypervisor.roster().list().len(), "the agent serves");
-        let service = Service { config, host, hypervisor, steps, tasks: tasks.clone(), shutdown: shutdown.clone() };
+        let service =
+            Service { config, host, identity, hypervisor, steps, tasks: tasks.clone(), shutdown: shutdown.clone() };
         let server = Server::builder()
-            .tls_config(tls)
-            .map_err(StartError::Identity)?
             .http2_keepalive_interval(Some(KEEP_ALIVE))
             .http2_keepalive_timeout(Some(KEEP_ALIVE))
             .add_service(AgentServer::new(service));
@@ -150,11 +152,4 @@ fn take(state_dir: &Path) -> Result<File, StartError> {
         Err(fs::TryLockError::WouldBlock) => Err(StartError::Taken { path: path() }),
         Err(fs::TryLockError::Error(source)) => Err(state(source)),
     }
-}
-
-/// Both sides show a certificate of the pool's authority.
-fn tls(files: &TlsFiles) -> Result<ServerTlsConfig, StartError> {
-    let read = |path: &PathBuf| fs::read(path).map_err(|source| StartError::Tls { path: path.clone(), source });
-    let identity = Identity::from_pem(read(&files.certificate)?, read(&files.key)?);
-    Ok(ServerTlsConfig::new().identity(identity).client_ca_root(Certificate::from_pem(read(&files.ca)?)))
 }

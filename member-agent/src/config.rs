@@ -19,6 +19,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Who the agent is and whom it believes.
     pub tls: TlsFiles,
+    /// Directory with the certificates of the pool that the host has joined since (`ca.pem`, `host.pem`, `host.key`);
+    /// where it has them, those under `tls` are not used any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<PathBuf>,
     /// Directory for ledger and domains; one agent at a time.
     pub state_dir: PathBuf,
     /// "qemu", "sim", or "auto": the first driver that this machine has the means for, never "sim".

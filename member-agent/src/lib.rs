@@ -18,6 +18,7 @@ mod config;
 mod facts;
 mod files;
 pub mod hypervisor;
+mod identity;
 mod ledger;
 mod service;
 mod steps;

@@ -22,6 +22,7 @@ use crate::facts::Host;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::domain::Refusal;
 use crate::hypervisor::roster::Feed;
+use crate::identity::Identity;
 use crate::steps::{Authority, StepError, Steps};
 use crate::wire as words;
 
@@ -34,6 +35,7 @@ const BEAT: Duration = Duration::from_millis(500);
 pub(crate) struct Service {
     pub config: Config,
     pub host: Host,
+    pub identity: Arc<Identity>,
     pub hypervisor: Arc<dyn Hypervisor>,
     pub steps: Arc<Steps>,
     pub tasks: TaskTracker,
@@ -65,11 +67,14 @@ impl AgentCalls for Service {
         let features = self.hypervisor.features();
         let mut names = vec![format!("hypervisor:{}", features.name)];
         names.extend(features.abilities.iter().map(|ability| (*ability).to_owned()));
+        let (certificate, authorities) = self.identity.shown();
         Ok(Response::new(wire::HelloReply {
             version: VERSION,
             host: self.config.host_uuid.to_string(),
             facts: Some(self.host.facts(&self.config, &features, self.hypervisor.roster().memory())),
             features: names,
+            certificate,
+            authorities,
         }))
     }
 

@@ -67,11 +67,13 @@ impl Lease {
         metrics.last_quorum_acked.map(|acked| InstantOf::<Config>::now().saturating_duration_since(*acked))
     }
 
-    /// The other voter that has most of the log.
+    /// The other voter that has most of the log and that clients can reach: a witness has no address for them.
     pub(crate) fn most_advanced_peer(&self, this: u64) -> Option<u64> {
         let metrics = self.metrics.borrow_watched();
         let replication = metrics.replication.as_ref()?;
-        let voters: Vec<u64> = metrics.membership_config.membership().voter_ids().collect();
+        let membership = metrics.membership_config.membership();
+        let serves = |id: &u64| membership.get_node(id).is_some_and(|node| !node.api_address.is_empty());
+        let voters: Vec<u64> = membership.voter_ids().filter(serves).collect();
         replication
             .iter()
             .filter(|(id, _)| **id != this && voters.contains(id))

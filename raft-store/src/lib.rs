@@ -3,10 +3,12 @@
 mod apply;
 mod codec;
 mod disk;
+mod export;
 mod fence;
 mod leadership;
 mod log;
 mod machine;
+mod membership;
 mod offload;
 mod peer;
 mod planted;
@@ -21,7 +23,9 @@ mod types;
 
 pub use codec::DecodeError;
 pub use disk::{Column, DiskChange, Engine, KeyValue, Memory, OpenError};
+pub use export::{decode_rows, encode_rows};
 pub use leadership::Leadership;
+pub use membership::Progress;
 pub use peer::{Dial, PeerChannel, PeerTls};
 pub use planted::Planted;
 pub use row::{LogIndex, Row};

@@ -194,7 +194,7 @@ pub(crate) fn head(state: &State) -> wire::StateHead {
     }
 }
 
-fn row_key(class: ClassId, reference: OpaqueRef) -> Vec<u8> {
+pub(crate) fn row_key(class: ClassId, reference: OpaqueRef) -> Vec<u8> {
     let mut key = class.def().name.as_bytes().to_vec();
     key.push(0);
     key.extend_from_slice(reference.bits().as_bytes());
@@ -209,7 +209,7 @@ fn row_job(state: &State, class: ClassId, reference: OpaqueRef) -> Change {
     }
 }
 
-fn tombstone_key((index, class, reference): &ChangeKey) -> Vec<u8> {
+pub(crate) fn tombstone_key((index, class, reference): &ChangeKey) -> Vec<u8> {
     let mut key = index.0.to_be_bytes().to_vec();
     key.extend_from_slice(&row_key(*class, *reference));
     key

@@ -1,13 +1,13 @@
 //! The store's handle: commit, read, follow the log, change the members.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::raft::ReadPolicy;
-use openraft::{ChangeMembers, ServerState, SnapshotPolicy};
+use openraft::{ServerState, SnapshotPolicy};
 use proto::raft::raft_server::RaftServer;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -89,7 +89,7 @@ impl Member {
         Self { node_id, peer_address: node.peer_address.clone(), api_address: node.api_address.clone() }
     }
 
-    fn node(&self) -> PeerNode {
+    pub(crate) fn node(&self) -> PeerNode {
         PeerNode { peer_address: self.peer_address.clone(), api_address: self.api_address.clone() }
     }
 }
@@ -131,6 +131,7 @@ struct Shared {
     service: PeerService,
     machine: Arc<Machine>,
     fence: Arc<Fence>,
+    disk: Disk,
     writer: Arc<Writer>,
     proposals: mpsc::Sender<Proposal>,
     leadership: watch::Receiver<Leadership>,
@@ -176,7 +177,7 @@ impl Store {
         let Opened { disk, stored, fence } = opened;
         let fence = Arc::new(fence);
         let writer = Arc::new(Writer::start(disk.engine()).map_err(stopped)?);
-        let log = LogStore::open(disk, Arc::clone(&writer), config.planted).map_err(stopped)?;
+        let log = LogStore::open(disk.clone(), Arc::clone(&writer), config.planted).map_err(stopped)?;
         let machine = Arc::new(Machine::new(stored, config.history, Arc::clone(&writer), config.planted));
         let whole = fence.stage() == Stage::Lifted;
         let raft_config = Arc::new(openraft::Config { enable_elect: whole, ..raft_config(&config)? });
@@ -214,6 +215,7 @@ impl Store {
             service,
             machine,
             fence,
+            disk,
             writer,
             proposals,
             leadership,
@@ -358,58 +360,16 @@ impl Store {
         self.shared.leadership.clone()
     }
 
-    /// Every member, voters and learners.
-    #[must_use]
-    pub fn members(&self) -> Vec<Member> {
-        let metrics = self.shared.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        metrics.membership_config.membership().nodes().map(|(id, node)| Member::new(*id, node)).collect()
+    pub(crate) fn raft(&self) -> &Raft {
+        &self.shared.raft
     }
 
-    /// The members that vote.
-    #[must_use]
-    pub fn voters(&self) -> BTreeSet<u64> {
-        self.shared.raft.voter_ids().collect()
+    pub(crate) fn disk(&self) -> &Disk {
+        &self.shared.disk
     }
 
-    /// Adds a member that does not vote, and waits until it has caught up.
-    ///
-    /// # Errors
-    /// [`CommitError::Unknown`] with the reason in the log.
-    pub async fn add_learner(&self, member: &Member) -> Result<(), CommitError> {
-        self.change(self.shared.raft.add_learner(member.node_id, member.node(), true)).await
-    }
-
-    /// Lets a learner vote.
-    ///
-    /// # Errors
-    /// As [`add_learner`](Self::add_learner).
-    pub async fn promote(&self, node_id: u64) -> Result<(), CommitError> {
-        self.change(self.shared.raft.change_membership(ChangeMembers::AddVoterIds(BTreeSet::from([node_id])), true))
-            .await
-    }
-
-    /// Removes a member.
-    ///
-    /// # Errors
-    /// As [`add_learner`](Self::add_learner).
-    pub async fn remove(&self, node_id: u64) -> Result<(), CommitError> {
-        let gone = BTreeSet::from([node_id]);
-        self.change(self.shared.raft.change_membership(ChangeMembers::RemoveVoters(gone.clone()), false)).await?;
-        self.change(self.shared.raft.change_membership(ChangeMembers::RemoveNodes(gone), false)).await
-    }
-
-    async fn change<T, E: std::fmt::Display>(
-        &self,
-        change: impl Future<Output = Result<T, E>>,
-    ) -> Result<(), CommitError> {
-        match change.await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                tracing::warn!(%error, "the change of members failed");
-                Err(CommitError::Unknown)
-            }
-        }
+    pub(crate) fn term(&self) -> u64 {
+        self.shared.raft.metrics().borrow_watched().current_term
     }
 
     /// Hands the lead to another voter and waits until this node has lost it.

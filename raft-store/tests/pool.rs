@@ -281,3 +281,47 @@ async fn who_commits_while_the_lead_moves_is_told_whether_it_was_applied() {
     assert!(refused > 0, "no commit met a moving lead");
     pool.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_survivor_begins_anew_with_every_write_that_reached_it_also_those_it_was_not_told_are_committed() {
+    let mut pool = Pool::start(3).await;
+    let leader = pool.leader().await;
+    let (survivor, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    pool.kill(other).await;
+    let mut written = Vec::new();
+    let lead = pool.store(leader);
+    for number in 0..50 {
+        let (transaction, reference) = insert(&format!("number {number}"));
+        // From here on every acknowledged write is on the survivor's disk.
+        lead.commit(transaction).await.unwrap();
+        written.push(reference);
+    }
+    drop(lead);
+    pool.kill(leader).await;
+    let store = pool.store(survivor);
+    let before = store.state();
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("db");
+    let decide = |begin: LogIndex, _: &raft_store::State| {
+        let alone = Member { node_id: begin.0, peer_address: "127.0.0.1:9".into(), api_address: "127.0.0.1".into() };
+        (alone, Transaction::new(Uuid::new_v4(), Timestamp(1_700_000_001)))
+    };
+    let node_id = store.begin_anew(&place, decide).await.unwrap();
+    drop(store);
+    pool.end().await;
+
+    let anew = Store::open(StoreConfig::new(place, node_id, certificates())).await.unwrap();
+    let mut leadership = anew.leadership();
+    let leads = leadership.wait_for(|now| matches!(now, Leadership::Leader { .. }));
+    tokio::time::timeout(Duration::from_secs(10), leads).await.expect("it leads alone").unwrap();
+    let state = anew.read().await.unwrap();
+    for reference in &written {
+        assert!(state.row(*reference).is_some(), "an acknowledged write is lost");
+    }
+    assert!(state.applied.0 > before.applied.0 + 1_000_000, "its log goes on far behind the old one");
+    let (transaction, reference) = insert("written anew");
+    anew.commit(transaction).await.unwrap();
+    assert!(anew.read().await.unwrap().row(reference).is_some());
+    assert_eq!(anew.voters().into_iter().collect::<Vec<_>>(), [node_id]);
+    anew.abandon().await;
+}

@@ -35,9 +35,10 @@ pub enum Command {
     /// Run the pool controller of this host: Raft member, pool logic, XenAPI gateway
     #[command(after_help = "Examples:\n  \
         xenith controller --config /etc/xenith/controller.toml --check\n  \
-        XENITH_LOG=info,raft_store=debug xenith controller --config /etc/xenith/controller.toml\n\n\
+        XENITH_LOG=info,raft_store=debug xenith controller --config /etc/xenith/controller.toml\n  \
+        xenith controller --witness --join 192.0.2.11 --config /etc/xenith/witness.toml\n\n\
         Ends cleanly on SIGTERM or SIGINT: hands mastership to another host first. A second signal ends it at once.")]
-    Controller(Daemon),
+    Controller(ControllerFlags),
     /// Run the agent of this host: its domains, driven for the pool's master
     #[command(after_help = "Examples:\n  \
         xenith agent --config /etc/xenith/agent.toml --check\n  \
@@ -92,6 +93,20 @@ pub struct Daemon {
     pub log_format: Option<LogFormat>,
 }
 
+/// How a controller is started.
+#[derive(Args, Debug)]
+pub struct ControllerFlags {
+    /// The daemon.
+    #[command(flatten)]
+    pub daemon: Daemon,
+    /// Be the third vote of a pool of two hosts, and nothing else; the configuration is a witness.toml
+    #[arg(long)]
+    pub witness: bool,
+    /// Master of the pool that a new witness asks for its vote; root's password is in XENITH_ROOT_PASSWORD
+    #[arg(long, value_name = "ADDRESS", requires = "witness")]
+    pub join: Option<String>,
+}
+
 /// What can be done with a lab.
 #[derive(Subcommand, Debug)]
 pub enum Lab {
@@ -141,6 +156,12 @@ pub struct Up {
     /// on one machine [default: all, at most 7]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=7))]
     pub replicas: Option<u8>,
+    /// Further hosts, each of which begins as a pool of its own: to join them and to eject them again [default: 0]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=16))]
+    pub apart: Option<u8>,
+    /// Milliseconds after which a silent voter is replaced [default: 300000]
+    #[arg(long, value_name = "MS")]
+    pub replace_after_ms: Option<u64>,
     /// What runs the guests [default: qemu]
     #[arg(long)]
     pub driver: Option<Driver>,

@@ -19,7 +19,8 @@ use crate::cli::{Cli, Command, Shell};
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
-        Command::Controller(flags) => daemon::controller(&flags),
+        Command::Controller(flags) if flags.witness => daemon::witness(&flags),
+        Command::Controller(flags) => daemon::controller(&flags.daemon),
         Command::Agent(flags) => daemon::agent(&flags),
         Command::Lab(command) => lab::run(&command),
         Command::Completions { shell } => print(&completions(shell)),

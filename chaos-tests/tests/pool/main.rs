@@ -7,6 +7,7 @@ mod durability;
 mod events;
 mod lab;
 mod mastership;
+mod membership;
 mod stock;
 mod support;
 mod vms;

@@ -7,6 +7,7 @@ use datamodel::{Host, Ref, Timestamp, Value, Vm, errors, model};
 
 use crate::call::Call;
 use crate::failure::{Served, refuse};
+use crate::membership::{self, departure, rotation};
 use crate::placement;
 
 pub(super) async fn get_servertime(cx: &Call, this: Ref<Host>) -> Served<Timestamp> {
@@ -14,19 +15,40 @@ pub(super) async fn get_servertime(cx: &Call, this: Ref<Host>) -> Served<Timesta
     Ok(cx.now())
 }
 
-async fn set_enabled(cx: &Call, this: Ref<Host>, enabled: bool) -> Served<()> {
+/// Guests may be started on it again.
+pub(super) async fn enable(cx: &Call, this: Ref<Host>) -> Served<()> {
+    let row = cx.row(this)?;
+    if !membership::is_live(&cx.state, &row) {
+        return refuse(errors::host_still_booting());
+    }
+    if !row.get(host::PENDING_GUIDANCES).is_empty() {
+        return refuse(errors::host_pending_mandatory_guidance_not_empty(this));
+    }
+    set_enabled(cx, this, true).await
+}
+
+/// No guest is started on it until it is enabled or boots anew.
+pub(super) async fn disable(cx: &Call, this: Ref<Host>) -> Served<()> {
     cx.row(this)?;
+    set_enabled(cx, this, false).await
+}
+
+async fn set_enabled(cx: &Call, this: Ref<Host>, enabled: bool) -> Served<()> {
     let mut change = cx.transaction();
     change.set(this, host::ENABLED, enabled);
     cx.commit(change).await.map(drop)
 }
 
-pub(super) async fn enable(cx: &Call, this: Ref<Host>) -> Served<()> {
-    set_enabled(cx, this, true).await
+pub(super) async fn declare_dead(cx: &Call, this: Ref<Host>) -> Served<()> {
+    departure::declare_dead(cx, this).await
 }
 
-pub(super) async fn disable(cx: &Call, this: Ref<Host>) -> Served<()> {
-    set_enabled(cx, this, false).await
+pub(super) async fn refresh_server_certificate(cx: &Call, this: Ref<Host>) -> Served<()> {
+    rotation::refresh(cx, this).await
+}
+
+pub(super) async fn destroy(cx: &Call, this: Ref<Host>) -> Served<()> {
+    departure::destroy(cx, this).await
 }
 
 pub(super) async fn compute_free_memory(cx: &Call, this: Ref<Host>) -> Served<i64> {

@@ -1,22 +1,51 @@
 //! Messages of the class pool.
 
-use datamodel::fields::member;
-use datamodel::{Host, Member, Ref, errors};
+use datamodel::fields::pool_secret;
+use datamodel::{Host, PoolSecret, Ref, fields};
 
 use crate::call::Call;
-use crate::failure::{Failure, Served};
+use crate::failure::Served;
+use crate::membership::{admission, emergency, join, mastership, rotation};
 
-/// Hands the lead to a host. The call is answered by the old master, which has lost it by then.
 pub(super) async fn designate_new_master(cx: &Call, host: Ref<Host>) -> Served<()> {
-    cx.row(host)?;
-    let member = cx.state.all::<Member>().find(|row| row.get(member::HOST) == host);
-    let node = member.and_then(|row| u64::try_from(row.get(member::NODE_ID)).ok());
-    let node = node.ok_or_else(errors::host_not_live)?;
-    let handed = cx.shared.store.transfer_leader(node).await;
-    handed.map_err(|_| Failure::Api(errors::internal_error("the host did not take the lead")))
+    mastership::designate(cx, host).await
 }
 
 /// Nothing to do: what is acknowledged is on a majority's disks.
 pub(super) async fn sync_database(_: &Call) -> Served<()> {
     Ok(())
+}
+
+pub(super) async fn join(cx: &Call, address: String, user: String, password: String) -> Served<()> {
+    join::join(cx, address, user, password, false).await
+}
+
+pub(super) async fn join_force(cx: &Call, address: String, user: String, password: String) -> Served<()> {
+    join::join(cx, address, user, password, true).await
+}
+
+pub(super) async fn admit(cx: &Call, application: String) -> Served<String> {
+    admission::admit(cx, application).await
+}
+
+pub(super) async fn eject(cx: &Call, host: Ref<Host>) -> Served<()> {
+    join::eject(cx, host).await
+}
+
+pub(super) async fn recover_slaves(cx: &Call) -> Served<Vec<Ref<Host>>> {
+    emergency::recover(cx).await
+}
+
+/// The secret by which hosts of the pool know one another.
+pub(super) async fn initial_auth(cx: &Call) -> Served<String> {
+    Ok(cx.state.all::<PoolSecret>().next().map(|row| row.get(pool_secret::SECRET)).unwrap_or_default())
+}
+
+pub(super) async fn is_slave(cx: &Call, host: Ref<Host>) -> Served<bool> {
+    cx.row(host)?;
+    Ok(!cx.state.all::<datamodel::Pool>().any(|row| row.get(fields::pool::MASTER) == host))
+}
+
+pub(super) async fn rotate_secret(cx: &Call) -> Served<()> {
+    rotation::rotate(cx).await
 }

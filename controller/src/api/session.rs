@@ -1,9 +1,10 @@
 //! Messages of the class session.
 
-use datamodel::{Ref, Session};
+use datamodel::{Host, Ref, Session};
 
 use crate::call::Call;
 use crate::failure::Served;
+use crate::membership::emergency;
 use crate::sessions;
 
 pub(super) async fn login_with_password(
@@ -15,6 +16,12 @@ pub(super) async fn login_with_password(
 ) -> Served<Ref<Session>> {
     let originator = if originator.is_empty() { cx.caller.originator.clone() } else { originator };
     sessions::login(cx, user, secret, originator).await
+}
+
+/// For hosts of the pool, which know its secret.
+pub(super) async fn slave_login(cx: &Call, _host: Ref<Host>, secret: String) -> Served<Ref<Session>> {
+    emergency::login_with_secret(&cx.state, &secret).await?;
+    sessions::open(cx, sessions::HOSTS.to_owned(), "xenith".to_owned()).await
 }
 
 pub(super) async fn logout(cx: &Call) -> Served<()> {

@@ -9,6 +9,7 @@ use raft_store::{NewRow, Row, Transaction};
 
 use crate::call::Call;
 use crate::failure::{Failure, Served, refuse};
+use crate::membership::departure;
 use crate::operations::{Shadow, Verb, run};
 use crate::{implicit, lifecycle, placement};
 
@@ -361,4 +362,8 @@ pub(super) async fn set_vcpus_at_startup(cx: &Call, this: Ref<Vm>, value: i64) -
 pub(super) async fn get_data_sources(cx: &Call, this: Ref<Vm>) -> Served<Value> {
     cx.row(this)?;
     Ok(Value::set([]))
+}
+
+pub(super) async fn power_state_reset(cx: &Call, this: Ref<Vm>) -> Served<()> {
+    departure::reset_power_state(cx, this).await
 }

@@ -19,6 +19,7 @@ use raft_store::{CommitError, NewRow, Row, State, Transaction};
 use super::{licence, storage};
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
+use crate::membership::{self, departure};
 
 const PRODUCT_VERSION: &str = "8.3.0";
 /// Newer ones switch some clients to a mode that expects an update server.
@@ -38,9 +39,15 @@ pub(super) async fn attach(shared: &Arc<Shared>, reference: Ref<Member>, reply: 
         let mut change = shared.transaction();
         change.expect_row(row);
         let host_ref: Ref<Host> = row.get(member::HOST);
+        let joined = if row.get(member::STANDING) == membership::JOINING {
+            membership::admission::bring_in(shared, &state, &mut change, row)?
+        } else {
+            None
+        };
         let host_ref = match state.row(host_ref) {
+            _ if joined.is_some() => joined.unwrap_or(host_ref),
             Some(host_row) => {
-                refresh(shared, &mut change, host_row, &facts);
+                refresh(&mut change, row, host_row, &facts);
                 host_ref
             }
             None => make(shared, &state, &mut change, row, &facts),
@@ -69,9 +76,15 @@ fn clocks(facts: &HostFacts) -> [(&'static str, String); 2] {
     [("boot_time", format!("{}.", facts.boot_time)), ("agent_start_time", format!("{}.", facts.agent_start_time))]
 }
 
-/// What may have changed while the host was away.
-fn refresh(shared: &Shared, change: &mut Transaction, host_row: &Row, facts: &HostFacts) {
+/// What may have changed while the host was away. A new boot enables it, whoever disabled it.
+fn refresh(change: &mut Transaction, row: &Row, host_row: &Row, facts: &HostFacts) {
     let reference = host_row.typed::<Host>();
+    if row.get(member::BOOT_ID) != facts.boot_id {
+        change.set(row.typed::<Member>(), member::BOOT_ID, facts.boot_id.clone());
+        if !host_row.get(host::ENABLED) {
+            change.set(reference, host::ENABLED, true);
+        }
+    }
     let known = host_row.get(host::OTHER_CONFIG);
     for (key, value) in clocks(facts) {
         if known.get(key) != Some(&value) {
@@ -82,7 +95,6 @@ fn refresh(shared: &Shared, change: &mut Transaction, host_row: &Row, facts: &Ho
     if host_row.get(host::SOFTWARE_VERSION) != version {
         change.set(reference, host::SOFTWARE_VERSION, version);
     }
-    let _ = shared;
 }
 
 fn software_version(facts: &HostFacts) -> BTreeMap<String, String> {
@@ -186,6 +198,7 @@ fn make(shared: &Shared, state: &State, change: &mut Transaction, row: &Row, fac
             .with(host::OTHER_CONFIG, agent_clocks),
     );
     change.set(row.typed::<Member>(), member::HOST, host_ref);
+    change.set(row.typed::<Member>(), member::BOOT_ID, facts.boot_id.clone());
     cpus(shared, change, host_ref, facts);
     control_domain(shared, change, host_ref, control, &address, facts);
     nics(shared, state, change, host_ref, &address, facts);
@@ -202,17 +215,12 @@ fn make(shared: &Shared, state: &State, change: &mut Transaction, row: &Row, fac
     host_ref
 }
 
-/// The pool's processors: all of its hosts' together.
+/// The pool's processors, with those of one more host.
 fn pool_cpus(state: &State, change: &mut Transaction, facts: &HostFacts) {
     let Some(row) = state.all::<Pool>().next() else { return };
-    let known = row.get(pool::CPU_INFO);
-    let sum = |key: &str, more: u64| {
-        (known.get(key).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0) + more).to_string()
-    };
-    let mut cpus = cpu_info(facts);
-    cpus.insert("cpu_count".into(), sum("cpu_count", facts.cpus.len() as u64));
-    cpus.insert("socket_count".into(), sum("socket_count", u64::from(facts.cpu_sockets.max(1))));
-    change.expect_row(row).set(row.typed::<Pool>(), pool::CPU_INFO, cpus);
+    let known = state.all::<Host>().map(|row| row.get(host::CPU_INFO));
+    let all = departure::processors(known.chain([cpu_info(facts)]));
+    change.expect_row(row).set(row.typed::<Pool>(), pool::CPU_INFO, all);
 }
 
 fn cpus(shared: &Shared, change: &mut Transaction, host_ref: Ref<Host>, facts: &HostFacts) {

@@ -45,6 +45,8 @@ pub struct InitialMember {
     pub peer_address: String,
     /// `ip:port` of its agent.
     pub agent_address: String,
+    /// Whether it keeps the pool's state.
+    pub replica: bool,
 }
 
 /// Founds the pool where there is none. Only the host that was given root's first password can.

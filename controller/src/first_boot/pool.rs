@@ -66,7 +66,9 @@ fn accounts(shared: &Shared, change: &mut Transaction) {
     );
     change.insert(
         NewRow::new(Ref::<PoolSecret>::new(shared.uuid()), shared.uuid())
-            .with(pool_secret::CA_CERTIFICATE, shared.config.ca_certificate.clone()),
+            .with(pool_secret::CA_CERTIFICATE, shared.config.ca_certificate.clone())
+            .with(pool_secret::CA_KEY, shared.config.ca_key.clone())
+            .with(pool_secret::SECRET, format!("{}/{}", Uuid::new_v4(), Uuid::new_v4())),
     );
 }
 
@@ -78,7 +80,9 @@ fn members(shared: &Shared, change: &mut Transaction) {
                 .with(member::HOST_UUID, initial.host_uuid.to_string())
                 .with(member::API_ADDRESS, initial.api_address.to_string())
                 .with(member::PEER_ADDRESS, initial.peer_address.clone())
-                .with(member::AGENT_ADDRESS, initial.agent_address.clone()),
+                .with(member::AGENT_ADDRESS, initial.agent_address.clone())
+                .with(member::REPLICA, initial.replica)
+                .with(member::SINCE, shared.now()),
         );
     }
 }

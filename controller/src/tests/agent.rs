@@ -8,7 +8,7 @@ use futures::stream::BoxStream;
 use proto::agent::agent_event::Event;
 use proto::agent::step::Action;
 use proto::agent::{
-    AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, PowerState, Step, WatchRequest,
+    AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, Nic, PowerState, Step, WatchRequest,
 };
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -54,9 +54,10 @@ impl Agent for Obedient {
             memory_total: MEMORY,
             memory_free: MEMORY,
             control_domain_memory: 1 << 28,
+            nics: vec![Nic { device: "eth0".into(), mtu: 1500, management: true, ..Nic::default() }],
             ..HostFacts::default()
         };
-        Ok(HelloReply { version: 1, host: self.host.to_string(), facts: Some(facts), features: Vec::new() })
+        Ok(HelloReply { version: 1, host: self.host.to_string(), facts: Some(facts), ..HelloReply::default() })
     }
 
     async fn perform(&self, step: Step, _: Duration) -> Result<DomainState, AgentError> {

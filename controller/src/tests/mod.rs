@@ -6,6 +6,7 @@ mod agent;
 mod dispatch;
 mod events;
 mod implicit;
+mod membership;
 mod operations;
 mod repeats;
 mod sessions;
@@ -101,12 +102,17 @@ impl Pool {
                 api_address: "127.0.0.1".parse().unwrap(),
                 peer_address: "127.0.0.1:9".into(),
                 agent_address: "127.0.0.1:10".into(),
+                replica: true,
             }],
             initial_password_hash: password::hash(PASSWORD).unwrap(),
             guest: Guest::default(),
             election_wait: Duration::from_millis(200),
             redirect_sessions: false,
             ca_certificate: authority.certificate,
+            certificate: String::new(),
+            ca_key: authority.key,
+            voters: crate::VoterPolicy::default(),
+            surroundings: None,
         };
         let clock = Arc::new(HandClock { wall: AtomicI64::new(1_800_000_000), steady: AtomicI64::new(0) });
         let shutdown = CancellationToken::new();

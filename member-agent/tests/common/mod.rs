@@ -72,6 +72,7 @@ impl Host {
             host_uuid: Uuid::new_v4(),
             hostname: Some("host-under-test".to_owned()),
             listen: "127.0.0.1:0".parse().expect("address"),
+            identity: None,
             tls: TlsFiles {
                 ca: file("ca.pem", &authority.pem()),
                 certificate: file("host.pem", &certificate),

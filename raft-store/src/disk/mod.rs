@@ -21,5 +21,6 @@ pub(crate) use engine::Change;
 pub use engine::{Change as DiskChange, Column, Engine, KeyValue};
 pub use memory::Memory;
 pub use open::OpenError;
-pub(crate) use open::{Disk, RowLoader, STATE, Stored};
+pub(crate) use open::{Disk, PURGED, RowLoader, STATE, Stored, VOTE};
+pub(crate) use rocks::Rocks;
 pub(crate) use writer::{Flushed, Job, Writer};

@@ -31,6 +31,9 @@ pub struct ControllerConfig {
     /// Timings of consensus.
     #[serde(default)]
     pub raft: Raft,
+    /// Who votes.
+    #[serde(default)]
+    pub membership: Membership,
     /// What templates boot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest: Option<Guest>,
@@ -94,6 +97,10 @@ pub struct Founding {
     /// XENITH_ROOT_PASSWORD is taken.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub root_password_file: Option<PathBuf>,
+    /// Key of the CA under `[tls]`, to be kept in the pool's database, so that hosts can join. Without it the pool stays
+    /// as it is made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_key: Option<PathBuf>,
     /// The hosts that the pool starts with.
     pub members: Vec<Member>,
 }
@@ -151,6 +158,22 @@ impl Default for Raft {
     }
 }
 
+/// `[membership]`: which of the pool's hosts vote. The same on every host, for any of them may be master.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields, default)]
+pub struct Membership {
+    /// So many at most: 1, 3, 5 or 7.
+    pub voters: u8,
+    /// A voter that is silent for this long gives its vote to a host that is there.
+    pub replace_after_ms: u64,
+}
+
+impl Default for Membership {
+    fn default() -> Self {
+        Self { voters: 5, replace_after_ms: 300_000 }
+    }
+}
+
 /// `[guest]`: the small Linux that the test template boots.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 #[serde(deny_unknown_fields)]
@@ -165,16 +188,10 @@ pub struct Guest {
     pub args: String,
 }
 
-impl Check for ControllerConfig {
-    fn check(&self) -> Result<(), Fault> {
-        if self.node_id == 0 {
-            return fault("node_id", "node numbers start at 1");
-        }
-        if self.api.listen.is_empty() && self.api.plain_http.is_empty() && self.api.socket.is_none() {
-            return fault("api.listen", "no client could reach this host: give an address, or api.socket");
-        }
-        self.tls.check()?;
-        let Raft { heartbeat_ms, election_min_ms, election_max_ms, snapshot_every, .. } = self.raft;
+impl Raft {
+    /// Finds timings that contradict one another.
+    pub fn check(&self) -> Result<(), Fault> {
+        let Raft { heartbeat_ms, election_min_ms, election_max_ms, snapshot_every, .. } = *self;
         if heartbeat_ms == 0 || election_min_ms < heartbeat_ms * 2 {
             return fault(
                 "raft.election_min_ms",
@@ -186,6 +203,23 @@ impl Check for ControllerConfig {
         }
         if snapshot_every == 0 {
             return fault("raft.snapshot_every", "must be at least 1");
+        }
+        Ok(())
+    }
+}
+
+impl Check for ControllerConfig {
+    fn check(&self) -> Result<(), Fault> {
+        if self.node_id == 0 {
+            return fault("node_id", "node numbers start at 1");
+        }
+        if self.api.listen.is_empty() && self.api.plain_http.is_empty() && self.api.socket.is_none() {
+            return fault("api.listen", "no client could reach this host: give an address, or api.socket");
+        }
+        self.tls.check()?;
+        self.raft.check()?;
+        if !matches!(self.membership.voters, 1 | 3 | 5 | 7) {
+            return fault("membership.voters", "must be 1, 3, 5 or 7: an even number survives no more deaths");
         }
         self.founding.as_ref().map_or(Ok(()), |founding| self.check_founding(founding))
     }

@@ -7,6 +7,7 @@
 mod agent;
 mod controller;
 mod secret;
+mod witness;
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -16,8 +17,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use agent::AgentConfig;
-pub use controller::{Api, ControllerConfig, Founding, Guest, Member, Peers, Raft};
+pub use controller::{Api, ControllerConfig, Founding, Guest, Member, Membership, Peers, Raft};
 pub use secret::root_password;
+pub use witness::WitnessConfig;
 
 use crate::telemetry::LogFormat;
 

@@ -14,7 +14,7 @@ pub fn root_password(file: Option<&Path>) -> Result<String, Error> {
             Error::new(
                 ErrorKind::NotFound,
                 format!(
-                    "neither bootstrap.root_password_file nor the environment variable {ROOT_PASSWORD_VARIABLE} is set"
+                    "neither founding.root_password_file nor the environment variable {ROOT_PASSWORD_VARIABLE} is set"
                 ),
             )
         });

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use super::*;
 
 const CONTROLLER: &str = include_str!("../../../deploy/examples/controller.toml");
+const WITNESS: &str = include_str!("../../../deploy/examples/witness.toml");
 const AGENT: &str = include_str!("../../../deploy/examples/agent.toml");
 
 /// The examples name files of a real installation; here they get files of their own.
@@ -40,8 +41,12 @@ fn the_examples_are_valid_and_say_the_defaults() {
     assert_eq!(controller.raft.heartbeat_ms, defaults.heartbeat_ms);
     assert_eq!(controller.raft.election_min_ms, defaults.election_min_ms);
     assert_eq!(controller.raft.election_max_ms, defaults.election_max_ms);
-    assert_eq!(controller.founding.unwrap().members.len(), 3);
+    assert_eq!(controller.founding.as_ref().unwrap().members.len(), 3);
+    let membership = Membership::default();
+    assert_eq!(controller.membership.voters, membership.voters);
+    assert_eq!(controller.membership.replace_after_ms, membership.replace_after_ms);
     place.load::<AgentConfig>(AGENT).unwrap();
+    place.load::<WitnessConfig>(WITNESS).unwrap();
 }
 
 #[test]

@@ -8,20 +8,27 @@
 //! It ends in the order that costs least: mastership is handed over while everything still works, then clients are let
 //! go, then the chores end, then the store closes.
 
-use std::path::Path;
+use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use controller::{Agents, Clock, Controller, ControllerConfig as Rules, Guest, InitialMember, SystemClock, WrongClock};
-use gateway::{Calls, ForwardClient, Gateway, GatewayConfig, TlsFiles, forward_service};
+use controller::certificates::Issued;
+use controller::{
+    Agents, Clock, Controller, ControllerConfig as Rules, Guest, InitialMember, Seat, Surroundings, SystemClock,
+    VoterPolicy, WrongClock,
+};
+use gateway::{Calls, ForwardClient, Gateway, GatewayConfig, HttpsAbroad, TlsFiles, forward_service};
 use raft_store::{PeerTls, Store, StoreConfig};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
+use tonic::transport::server::{Router, TcpIncoming};
 
+use super::seat::Seats;
 use super::{on_runtime, room, signals};
 use crate::cli::Daemon;
 use crate::config::{self, ControllerConfig, Member};
@@ -34,7 +41,16 @@ const CONNECTIONS: usize = 4096;
 /// A peer that is gone without a word is noticed after this long.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// How long the chores may take to end, and then the store to close.
-const FAREWELL: Duration = Duration::from_secs(3);
+pub(super) const FAREWELL: Duration = Duration::from_secs(3);
+
+/// Why the controller ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// It was told to.
+    Told,
+    /// Its host has taken another seat: it begins anew there.
+    ForAnotherSeat,
+}
 
 /// Runs the controller until it is told to end.
 pub fn controller(flags: &Daemon) -> anyhow::Result<()> {
@@ -43,45 +59,127 @@ pub fn controller(flags: &Daemon) -> anyhow::Result<()> {
         eprintln!("{} is in order", flags.config.display());
         return Ok(());
     }
-    on_runtime(async {
+    let ended = on_runtime(async {
         let host = config.host_uuid.to_string();
         let telemetry = telemetry::start("xenith-controller", &host, &config.log, flags.log_format, &config.traces)?;
         let ending = signals::until_told_to_end()?;
         let outcome = serve(config, ending).await;
         telemetry.finish();
         outcome
-    })
+    })?;
+    match ended {
+        Ended::Told => Ok(()),
+        Ended::ForAnotherSeat => begin_again(),
+    }
 }
 
-async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::Result<()> {
-    let tls =
-        PeerTls { ca: read(&config.tls.ca)?, certificate: read(&config.tls.certificate)?, key: read(&config.tls.key)? };
-    tokio::select! {
-        enough = room::wait(&config.data_dir) => enough?,
-        () = ending.cancelled() => return Ok(()),
+/// The same program with the same arguments, in this process: nothing of the old pool is left in memory.
+fn begin_again() -> anyhow::Result<()> {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    let failed = std::process::Command::new("/proc/self/exe").arg0(name).args(arguments).exec();
+    Err(failed).context("cannot start anew; the next start goes on where this one ends")
+}
+
+/// What this life of the controller is on: where its database is, who it is, and what it founds if need be.
+struct Place {
+    database: PathBuf,
+    node_id: u64,
+    tls: PeerTls,
+    founding: Option<FirstSeat>,
+}
+
+/// A pool that is not there yet.
+struct FirstSeat {
+    initialize: bool,
+    members: Vec<Member>,
+    password_hash: String,
+    ca_key: String,
+}
+
+impl Place {
+    /// The seat that was taken last, or what the configuration says.
+    fn of(config: &ControllerConfig, seats: &Seats) -> anyhow::Result<Self> {
+        let Some((database, seat)) = seats.current()? else { return Self::configured(config, seats) };
+        let tls = PeerTls { ca: seat.ca, certificate: seat.identity.certificate, key: seat.identity.key };
+        let founding = match seat.alone {
+            None => None,
+            Some(alone) => {
+                let mut me = this(config).context("founding.members does not have this host")?.clone();
+                (me.node_id, me.replica) = (seat.node_id, true);
+                let (password_hash, ca_key) = (alone.password_hash, alone.ca_key);
+                Some(FirstSeat { initialize: true, members: vec![me], password_hash, ca_key })
+            }
+        };
+        Ok(Self { database, node_id: seat.node_id, tls, founding })
     }
-    let store = open_store(&config, tls.clone()).await?;
+
+    fn configured(config: &ControllerConfig, seats: &Seats) -> anyhow::Result<Self> {
+        let tls = PeerTls {
+            ca: read(&config.tls.ca)?,
+            certificate: read(&config.tls.certificate)?,
+            key: read(&config.tls.key)?,
+        };
+        let founding = match &config.founding {
+            None => None,
+            Some(founding) => {
+                let password = config::root_password(founding.root_password_file.as_deref()).context("founding")?;
+                Some(FirstSeat {
+                    initialize: founding.initialize,
+                    members: founding.members.clone(),
+                    password_hash: controller::password::hash(&password)?,
+                    ca_key: founding.ca_key.as_deref().map(read).transpose()?.unwrap_or_default(),
+                })
+            }
+        };
+        seats.has(&Seat {
+            node_id: config.node_id,
+            ca: tls.ca.clone(),
+            identity: Issued { certificate: tls.certificate.clone(), key: tls.key.clone() },
+            alone: None,
+        });
+        Ok(Self { database: config.data_dir.clone(), node_id: config.node_id, tls, founding })
+    }
+}
+
+/// This host as others reach it.
+fn this(config: &ControllerConfig) -> Option<&Member> {
+    config.founding.iter().flat_map(|founding| &founding.members).find(|member| member.host_uuid == config.host_uuid)
+}
+
+async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::Result<Ended> {
+    let seats = Seats::new(&config.data_dir);
+    let place = Place::of(&config, &seats)?;
+    let tls = place.tls.clone();
+    tokio::select! {
+        enough = room::wait(&place.database) => enough?,
+        () = ending.cancelled() => return Ok(Ended::Told),
+    }
+    let store = open_store(&config, &place).await?;
     // The parts end after the handover, so they have a token of their own.
     let stopping = CancellationToken::new();
     let agents = Agents::grpc(tls.clone());
-    let rules = rules(&config, &tls)?;
+    let rules = rules(&config, &place, &seats)?;
     let clock: Arc<dyn Clock> = match &config.clock_offset {
         None => Arc::new(SystemClock),
         Some(path) => Arc::new(WrongClock::new(path.clone())),
     };
     let controller = Controller::new(store.clone(), agents, rules, clock, stopping.clone());
     let calls: Arc<dyn Calls> = Arc::new(controller.clone());
-    let mut peers = listen_to_peers(&config, &tls, &store, Arc::clone(&calls))?;
-    if let Some(founding) = config.founding.as_ref().filter(|founding| founding.initialize) {
+    let forwarded = forward_service(Arc::clone(&calls));
+    let services = |server: &mut Server| server.add_service(store.service()).add_service(forwarded);
+    let mut peers = serve_peers(config.peers.listen, &tls, services)?;
+    if let Some(founding) = place.founding.as_ref().filter(|founding| founding.initialize) {
         let members: Vec<_> = founding.members.iter().filter(|member| member.replica).map(store_member).collect();
         store.initialize(&members).await.context("cannot start consensus")?;
     }
     let gateway = Gateway::start(gateway_config(&config), calls, ForwardClient::new(tls), stopping.clone()).await?;
     let chores = tokio::spawn(async move { controller.run().await });
-    tracing::info!(node = config.node_id, api = ?gateway.tls, peers = %config.peers.listen, "the controller serves");
+    tracing::info!(node = place.node_id, api = ?gateway.tls, peers = %config.peers.listen, "the controller serves");
 
     let outcome = tokio::select! {
-        () = ending.cancelled() => Ok(()),
+        () = ending.cancelled() => Ok(Ended::Told),
+        () = seats.again().cancelled() => Ok(Ended::ForAnotherSeat),
         why = store.failed() => Err(anyhow!("the store cannot go on: {why}")),
         ended = &mut peers => match ended {
             Ok(Err(error)) => Err(error).context("peers can no longer reach this host"),
@@ -102,29 +200,25 @@ async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::R
     outcome
 }
 
-fn listen_to_peers(
-    config: &ControllerConfig,
+/// Serves peers at an address, with mutual TLS.
+pub(super) fn serve_peers(
+    address: SocketAddr,
     tls: &PeerTls,
-    store: &Store,
-    calls: Arc<dyn Calls>,
+    services: impl FnOnce(&mut Server) -> Router,
 ) -> anyhow::Result<JoinHandle<Result<(), tonic::transport::Error>>> {
-    let address = config.peers.listen;
     let incoming = TcpIncoming::bind(address).with_context(|| format!("cannot listen on {address} for peers"))?;
-    let server = Server::builder()
+    let mut server = Server::builder()
         .tls_config(tls.server())
-        .context("the files under [tls] do not make an identity")?
+        .context("the host's certificates do not make an identity")?
         .http2_keepalive_interval(Some(KEEP_ALIVE))
-        .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .add_service(store.service())
-        .add_service(forward_service(calls));
-    Ok(tokio::spawn(server.serve_with_incoming(incoming.with_nodelay(Some(true)))))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE));
+    Ok(tokio::spawn(services(&mut server).serve_with_incoming(incoming.with_nodelay(Some(true)))))
 }
 
 fn gateway_config(config: &ControllerConfig) -> GatewayConfig {
     let api = &config.api;
-    let this = config.founding.iter().flat_map(|it| &it.members).find(|member| member.node_id == config.node_id);
     let named = api.listen.iter().map(|address| address.ip()).filter(|address| !address.is_unspecified());
-    let mut addresses: Vec<_> = this.map(|member| member.api_address).into_iter().chain(named).collect();
+    let mut addresses: Vec<_> = this(config).map(|member| member.api_address).into_iter().chain(named).collect();
     addresses.dedup();
     GatewayConfig {
         tls: api.listen.clone(),
@@ -141,35 +235,42 @@ fn gateway_config(config: &ControllerConfig) -> GatewayConfig {
     }
 }
 
-async fn open_store(config: &ControllerConfig, tls: PeerTls) -> anyhow::Result<Store> {
+async fn open_store(config: &ControllerConfig, place: &Place) -> anyhow::Result<Store> {
     let raft = &config.raft;
     let settings = StoreConfig {
         heartbeat: Duration::from_millis(raft.heartbeat_ms),
         election: (Duration::from_millis(raft.election_min_ms), Duration::from_millis(raft.election_max_ms)),
         snapshot_every: raft.snapshot_every,
         keep_entries: raft.keep_entries,
-        ..StoreConfig::new(config.data_dir.clone(), config.node_id, tls)
+        ..StoreConfig::new(place.database.clone(), place.node_id, place.tls.clone())
     };
-    let place = || format!("cannot open the database in {}", config.data_dir.display());
-    Store::open(settings).await.with_context(place)
+    Store::open(settings).await.with_context(|| format!("cannot open the database in {}", place.database.display()))
 }
 
 /// What the founding hosts start with; a host of a pool that is there already has no use for it.
-fn rules(config: &ControllerConfig, tls: &PeerTls) -> anyhow::Result<Rules> {
-    let (initial_members, initial_password_hash) = match &config.founding {
-        None => (Vec::new(), String::new()),
-        Some(founding) => {
-            let password = config::root_password(founding.root_password_file.as_deref()).context("founding")?;
-            (founding.members.iter().map(initial_member).collect(), controller::password::hash(&password)?)
-        }
-    };
+fn rules(config: &ControllerConfig, place: &Place, seats: &Seats) -> anyhow::Result<Rules> {
+    let founding = place.founding.as_ref();
+    let port = config.api.listen.first().map_or(443, |address| address.port());
+    let abroad = HttpsAbroad::new(port).context("cannot set up TLS")?;
+    let surroundings = this(config).map(|member| Surroundings {
+        this: initial_member(member),
+        home: Arc::new(seats.clone()),
+        abroad: Arc::new(abroad),
+    });
     Ok(Rules {
-        initial_members,
-        initial_password_hash,
+        initial_members: founding.iter().flat_map(|founding| &founding.members).map(initial_member).collect(),
+        initial_password_hash: founding.map(|founding| founding.password_hash.clone()).unwrap_or_default(),
         guest: config.guest.as_ref().map(guest).unwrap_or_default(),
         election_wait: Duration::from_millis(config.api.election_wait_ms),
         redirect_sessions: config.api.redirect_sessions,
-        ca_certificate: tls.ca.clone(),
+        ca_certificate: place.tls.ca.clone(),
+        certificate: place.tls.certificate.clone(),
+        ca_key: founding.map(|founding| founding.ca_key.clone()).unwrap_or_default(),
+        surroundings,
+        voters: VoterPolicy {
+            most: usize::from(config.membership.voters),
+            replace_after: Duration::from_millis(config.membership.replace_after_ms),
+        },
     })
 }
 
@@ -188,6 +289,7 @@ fn initial_member(member: &Member) -> InitialMember {
         api_address: member.api_address,
         peer_address: member.peer_address.to_string(),
         agent_address: member.agent_address.to_string(),
+        replica: member.replica,
     }
 }
 

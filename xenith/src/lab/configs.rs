@@ -14,7 +14,9 @@ use uuid::Uuid;
 use super::layout::{HostLayout, Layout, private_dir, private_file};
 use super::plan::{Host, Plan};
 use crate::cli::Driver;
-use crate::config::{AgentConfig, Api, ControllerConfig, Founding, Guest, Log, Member, Peers, Raft, Tls, Traces};
+use crate::config::{
+    AgentConfig, Api, ControllerConfig, Founding, Guest, Log, Member, Membership, Peers, Raft, Tls, Traces,
+};
 
 /// Memory of a lab host: room for a few dozen of the small guests that labs run.
 const QEMU_HOST_MIB: u64 = 4 * 1024;
@@ -28,19 +30,28 @@ const GUEST_ARGS: &str = "console=ttyS0 quiet panic=-1";
 /// Writes all of it.
 pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
     private_file(&layout.root_password(), &format!("{}\n", plan.password))?;
-    let authority = authority(layout)?;
+    let together = authority(&layout.ca())?;
     let guest = guest(plan.driver)?;
-    let members: Vec<_> = plan.hosts.iter().map(|host| member(plan, host)).collect();
+    let members: Vec<_> = plan.hosts.iter().filter(|host| !host.apart).map(|host| member(plan, host)).collect();
     for (position, host) in plan.hosts.iter().enumerate() {
         let place = layout.host(&host.name);
         for dir in [place.root(), &place.tls(), &place.controller_data(), &place.agent_state()] {
             private_dir(dir)?;
         }
-        let tls = identity(&authority, layout, &place, host)?;
+        // A host apart has an authority of its own, as it is a pool of its own.
+        let (ca, own) = if host.apart {
+            let ca = place.tls().join("ca");
+            let own = authority(&ca)?;
+            (ca, Some(own))
+        } else {
+            (layout.ca(), None)
+        };
+        let tls = identity(own.as_ref().unwrap_or(&together), &ca, &place, host)?;
         let founding = Founding {
-            initialize: position == 0,
+            initialize: position == 0 || host.apart,
             root_password_file: Some(layout.root_password()),
-            members: members.clone(),
+            ca_key: Some(ca.join("ca.key")),
+            members: if host.apart { vec![member(plan, host)] } else { members.clone() },
         };
         let controller = ControllerConfig {
             host_uuid: host.uuid,
@@ -59,6 +70,10 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
             tls: tls.clone(),
             founding: Some(founding),
             raft: Raft::default(),
+            membership: plan.replace_after_ms.map_or_else(Membership::default, |replace_after_ms| Membership {
+                replace_after_ms,
+                ..Membership::default()
+            }),
             guest: guest.clone(),
             clock_offset: None,
             log: Log::default(),
@@ -73,6 +88,7 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
                 host_uuid: host.uuid,
                 hostname: Some(host.name.clone()),
                 listen: plan.agent(host),
+                identity: Some(place.controller_data().join("current/tls")),
                 tls: TlsFiles { ca: tls.ca, certificate: tls.certificate, key: tls.key },
                 state_dir: place.agent_state(),
                 driver: plan.driver.name().into(),
@@ -138,26 +154,23 @@ fn guest(driver: Driver) -> anyhow::Result<Option<Guest>> {
     }
 }
 
-fn authority(layout: &Layout) -> anyhow::Result<Issued> {
-    let (certificate, key) = (layout.ca().join("ca.pem"), layout.ca().join("ca.key"));
+fn authority(place: &Path) -> anyhow::Result<Issued> {
+    let (certificate, key) = (place.join("ca.pem"), place.join("ca.key"));
     if certificate.is_file() && key.is_file() {
         let read =
             |path: &Path| std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
         return Ok(Issued { certificate: read(&certificate)?, key: read(&key)? });
     }
-    private_dir(&layout.ca())?;
+    private_dir(place)?;
     let authority = certificates::create_authority("lab").context("cannot make the pool's CA")?;
     private_file(&key, &authority.key)?;
     private_file(&certificate, &authority.certificate)?;
     Ok(authority)
 }
 
-fn identity(authority: &Issued, layout: &Layout, place: &HostLayout, host: &Host) -> anyhow::Result<Tls> {
-    let tls = Tls {
-        ca: layout.ca().join("ca.pem"),
-        certificate: place.tls().join("host.pem"),
-        key: place.tls().join("host.key"),
-    };
+fn identity(authority: &Issued, ca: &Path, place: &HostLayout, host: &Host) -> anyhow::Result<Tls> {
+    let tls =
+        Tls { ca: ca.join("ca.pem"), certificate: place.tls().join("host.pem"), key: place.tls().join("host.key") };
     if !(tls.certificate.is_file() && tls.key.is_file()) {
         let issued = certificates::issue(authority, &host.uuid.to_string(), &[host.address.into()]);
         let issued = issued.context("cannot sign a host's certificate")?;

@@ -28,6 +28,9 @@ pub struct Plan {
     pub user: String,
     /// Its password when the pool was made.
     pub password: String,
+    /// A voter that is silent for so long is replaced; none: as the program has it.
+    #[serde(default)]
+    pub replace_after_ms: Option<u64>,
     /// The hosts, in order.
     pub hosts: Vec<Host>,
 }
@@ -46,6 +49,9 @@ pub struct Host {
     /// Whether it runs a controller, with a copy of the pool's state.
     #[serde(default = "yes")]
     pub replica: bool,
+    /// Whether it begins as a pool of its own.
+    #[serde(default)]
+    pub apart: bool,
 }
 
 fn yes() -> bool {
@@ -58,7 +64,8 @@ impl Plan {
         let base = flags.base.unwrap_or(Ipv4Addr::new(127, 0, 71, 1));
         let count = flags.hosts.unwrap_or(3);
         let replicas = flags.replicas.unwrap_or(MOST_REPLICAS);
-        let hosts = (0..count).map(|position| {
+        let apart = flags.apart.unwrap_or(0);
+        let hosts = (0..count + apart).map(|position| {
             let address =
                 Ipv4Addr::from(u32::from(base).checked_add(position.into()).context("--base leaves no room")?);
             if !address.is_loopback() {
@@ -69,9 +76,10 @@ impl Plan {
             Ok(Host {
                 name: format!("host{}", position + 1),
                 uuid: Uuid::new_v4(),
-                node_id: u64::from(position) + 1,
+                node_id: if position < count { u64::from(position) + 1 } else { 1 },
                 address,
-                replica: position < replicas,
+                replica: position < replicas || position >= count,
+                apart: position >= count,
             })
         });
         Ok(Self {
@@ -80,6 +88,7 @@ impl Plan {
             port: flags.port.unwrap_or(8443),
             user: "root".into(),
             password: flags.password.clone().unwrap_or_else(|| "xenith".into()),
+            replace_after_ms: flags.replace_after_ms,
             hosts: hosts.collect::<anyhow::Result<_>>()?,
         })
     }
@@ -113,8 +122,10 @@ impl Plan {
                 differences.push(format!("{flag} is {there}"));
             }
         };
-        compare("--hosts", flags.hosts.map(|count| count.to_string()), plan.hosts.len().to_string());
-        let replicas = plan.hosts.iter().filter(|host| host.replica).count();
+        let apart = plan.hosts.iter().filter(|host| host.apart).count();
+        compare("--hosts", flags.hosts.map(|count| count.to_string()), (plan.hosts.len() - apart).to_string());
+        compare("--apart", flags.apart.map(|count| count.to_string()), apart.to_string());
+        let replicas = plan.hosts.iter().filter(|host| host.replica && !host.apart).count();
         compare("--replicas", flags.replicas.map(|count| count.to_string()), replicas.to_string());
         compare("--driver", flags.driver.map(|driver| driver.name().into()), plan.driver.name().into());
         compare(

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::layout::Layout;
 use super::plan::Plan;
 use super::process::{Daemon, daemon};
-use super::rpc::pool_view;
+use super::rpc::{PoolView, pool_view};
 
 /// The lab as of now: the JSON object on standard output.
 #[derive(Serialize, Debug)]
@@ -41,6 +41,8 @@ pub struct HostReport {
     pub agent_pid: Option<i32>,
     /// What its daemons are doing.
     pub state: HostState,
+    /// Uuid of the pool that it says it belongs to; null where nobody answers.
+    pub pool: Option<String>,
 }
 
 /// What a host's two daemons are doing.
@@ -60,15 +62,27 @@ pub enum HostState {
 impl Report {
     /// Looks at every process, and asks the running hosts, all at once and for so long, who the master is.
     pub fn now(layout: &Layout, plan: &Plan, limit: Duration) -> Self {
-        let hosts: Vec<_> = plan.hosts.iter().map(|host| host_report(layout, plan, host)).collect();
-        let awake = hosts.iter().filter(|host| matches!(host.state, HostState::Running | HostState::Partial));
-        let master = std::thread::scope(|scope| {
-            let asked: Vec<_> = awake.map(|host| scope.spawn(move || pool_view(host.socket.as_ref(), limit))).collect();
-            let answers = asked.into_iter().filter_map(|answer| answer.join().ok()?.ok());
-            // Each is forwarded to the master, so that they cannot differ for longer than a change of masters takes.
-            answers.filter_map(|view| view.master).last()
+        let mut hosts: Vec<_> = plan.hosts.iter().map(|host| host_report(layout, plan, host)).collect();
+        let views: Vec<Option<PoolView>> = std::thread::scope(|scope| {
+            let awake = |host: &HostReport| matches!(host.state, HostState::Running | HostState::Partial);
+            let asked: Vec<_> = hosts
+                .iter()
+                .map(|host| awake(host).then(|| scope.spawn(move || pool_view(host.socket.as_ref(), limit))))
+                .collect();
+            asked.into_iter().map(|asked| asked?.join().ok()?.ok()).collect()
         });
-        let master = hosts.iter().find(|host| Some(&host.uuid) == master.as_ref()).map(|host| host.name.clone());
+        // Each is forwarded to the master, so that they cannot differ for longer than a change of masters takes. Hosts
+        // that began as pools of their own speak of the lab's pool only once they are of it.
+        let first = |apart: bool| {
+            let these = plan.hosts.iter().zip(&views).filter(move |(host, _)| host.apart == apart);
+            these.filter_map(|(_, view)| view.as_ref()).next_back()
+        };
+        let pool = first(false).or_else(|| first(true));
+        let master = pool.and_then(|view| view.master.as_ref());
+        let master = hosts.iter().find(|host| Some(&host.uuid) == master).map(|host| host.name.clone());
+        for (host, view) in hosts.iter_mut().zip(views.iter()) {
+            host.pool = view.as_ref().and_then(|view| view.pool.clone());
+        }
         Self { hosts, master, user: plan.user.clone(), password: plan.password.clone() }
     }
 }
@@ -95,5 +109,6 @@ fn host_report(layout: &Layout, plan: &Plan, host: &super::plan::Host) -> HostRe
         controller_pid: controller.map(|process| process.pid()),
         agent_pid: agent.map(|process| process.pid()),
         state,
+        pool: None,
     }
 }

@@ -69,6 +69,8 @@ impl Socket {
 /// What a host says of its pool.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct PoolView {
+    /// Uuid of the pool.
+    pub pool: Option<String>,
     /// Uuid of the master.
     pub master: Option<String>,
     /// Uuids of the hosts that are enabled and live.
@@ -81,13 +83,15 @@ pub fn pool_view(path: &Path, limit: Duration) -> anyhow::Result<PoolView> {
     socket.session(|session| {
         let all = |class: &str| socket.call(&format!("{class}.get_all_records"), json!([session]));
         let (pools, hosts, metrics) = (all("pool")?, all("host")?, all("host_metrics")?);
-        let master = pools.as_object().and_then(|pools| pools.values().next()).and_then(|pool| pool["master"].as_str());
+        let pool = pools.as_object().and_then(|pools| pools.values().next());
+        let master = pool.and_then(|pool| pool["master"].as_str());
         let uuid = |reference: &str| hosts[reference]["uuid"].as_str().map(str::to_owned);
         let serves = |host: &Value| {
             host["enabled"] == true && host["metrics"].as_str().is_some_and(|metric| metrics[metric]["live"] == true)
         };
         let serving = hosts.as_object().into_iter().flatten().filter(|(_, host)| serves(host));
         Ok(PoolView {
+            pool: pool.and_then(|pool| pool["uuid"].as_str()).map(str::to_owned),
             master: master.and_then(uuid),
             serving: serving.filter_map(|(reference, _)| uuid(reference)).collect(),
         })

@@ -101,9 +101,9 @@ pub fn wait_until_listening(
     })
 }
 
-/// Waits until the pool serves: a login works, every host takes clients, and the pool shows each enabled and live.
+/// Waits until every host serves: a login works, it takes clients, and its pool, whichever that is, shows it enabled
+/// and live.
 pub fn wait_until_serving(layout: &Layout, plan: &Plan, limit: Duration) -> anyhow::Result<()> {
-    let wanted: BTreeSet<_> = plan.hosts.iter().map(|host| host.uuid.to_string()).collect();
     let mut told = String::new();
     let mut tell = |stage: String| {
         if told != stage {
@@ -119,24 +119,31 @@ pub fn wait_until_serving(layout: &Layout, plan: &Plan, limit: Duration) -> anyh
             tell(format!("waiting for {} to listen", host.name));
             return Ok(false);
         }
-        let Some(first) = plan.hosts.first() else { return Ok(true) };
-        let PoolView { master, serving } = match pool_view(&layout.host(&first.name).socket(), ASK_LIMIT) {
-            Ok(view) => view,
-            Err(error) => {
-                tell(format!("waiting for the pool: {error:#}"));
+        // Asked once for each pool: the first host that is not yet seen to serve speaks for its own.
+        let mut serving = BTreeSet::new();
+        for host in plan.hosts.iter().filter(|host| host.replica) {
+            if serving.contains(&host.uuid.to_string()) {
+                continue;
+            }
+            match pool_view(&layout.host(&host.name).socket(), ASK_LIMIT) {
+                Ok(PoolView { master: Some(_), serving: more, .. }) => serving.extend(more),
+                Ok(_) => {}
+                Err(error) => {
+                    tell(format!("waiting for the pool: {error:#}"));
+                    return Ok(false);
+                }
+            }
+            if !serving.contains(&host.uuid.to_string()) {
+                tell(format!("waiting for the pool to enable {}", host.name));
                 return Ok(false);
             }
-        };
-        let serving: BTreeSet<_> = serving.into_iter().collect();
+        }
         if let Some(host) = plan.hosts.iter().find(|host| !serving.contains(&host.uuid.to_string())) {
             tell(format!("waiting for the pool to enable {}", host.name));
             return Ok(false);
         }
-        let ready = master.is_some_and(|master| wanted.contains(&master));
-        if ready {
-            tell(format!("the pool serves: {} hosts", plan.hosts.len()));
-        }
-        Ok(ready)
+        tell(format!("the pool serves: {} hosts", plan.hosts.len()));
+        Ok(true)
     })
 }
 

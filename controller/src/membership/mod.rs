@@ -1,0 +1,79 @@
+//! Which hosts are of the pool, which of them vote, and how they come and go.
+//!
+//! The `member` rows say what is wanted; the Raft group follows them (`voters`), as do the rows of hosts
+//! (`admission`, `departure`). A host that changes its pool takes another *seat*: a directory of its own with database,
+//! node id and certificates, which becomes the host's only one by an atomic rename and is read at the next start. So a
+//! crash on the way leaves it in one pool or in the other, never in both.
+
+pub(crate) mod admission;
+pub(crate) mod departure;
+pub(crate) mod emergency;
+pub(crate) mod join;
+pub(crate) mod mastership;
+pub(crate) mod precondition;
+pub(crate) mod rotation;
+pub(crate) mod seat;
+pub(crate) mod voters;
+
+use datamodel::fields::{host, host_metrics, member, pool};
+use datamodel::{Host, Member, Pool, Ref, Value, errors};
+use raft_store::{CommitError, Row, State, Transaction};
+
+use crate::call::Call;
+use crate::failure::{Served, refuse};
+use crate::repeats::Stage;
+
+pub use join::{Newcomer, enrol_witness};
+pub use seat::{Abroad, Alone, AskError, Home, Seat, Surroundings};
+pub use voters::Policy as VoterPolicy;
+
+/// How a member stands; the word in its row.
+pub(crate) const JOINING: &str = "joining";
+/// It has been ejected, and is told so until it is sure to know.
+pub(crate) const LEAVING: &str = "leaving";
+
+/// Somebody else changed a row meanwhile: so often it is tried again.
+const ATTEMPTS: usize = 16;
+
+/// Whether a host's agent is heard.
+pub(crate) fn is_live(state: &State, row: &Row) -> bool {
+    state.row(row.get(host::METRICS)).is_some_and(|metrics| metrics.get(host_metrics::LIVE))
+}
+
+/// The member that runs on a host.
+pub(crate) fn member_of(state: &State, this: Ref<Host>) -> Option<&std::sync::Arc<Row>> {
+    state.all::<Member>().find(|row| row.get(member::HOST) == this)
+}
+
+pub(crate) fn node_id(row: &Row) -> u64 {
+    u64::try_from(row.get(member::NODE_ID)).unwrap_or(0)
+}
+
+/// Refuses while high availability watches over the pool.
+pub(crate) fn expect_no_ha(state: &State) -> Served<()> {
+    if state.all::<Pool>().any(|row| row.get(pool::HA_ENABLED)) {
+        return refuse(errors::ha_is_enabled());
+    }
+    Ok(())
+}
+
+/// Decides on the newest state and commits; decides anew where somebody was faster. The call's one effect.
+async fn persist(cx: &Call, decide: impl Fn(&State, &mut Transaction) -> Served<()>) -> Served<()> {
+    for _ in 0..ATTEMPTS {
+        let state = cx.latest().await?;
+        let mut change = cx.transaction();
+        decide(&state, &mut change)?;
+        if change.is_empty() {
+            return Ok(());
+        }
+        match cx.commit_as(change, Stage::Done(Value::Void)).await {
+            Ok(_) => return Ok(()),
+            Err(CommitError::Conflict(raft_store::Conflict::Exists(class, reference))) => {
+                return Err(CommitError::Conflict(raft_store::Conflict::Exists(class, reference)).into());
+            }
+            Err(CommitError::Conflict(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    refuse(errors::too_many_pending_tasks())
+}
