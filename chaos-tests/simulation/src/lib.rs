@@ -1,6 +1,8 @@
 //! Whole pools on one thread, in a time that is made up: hosts crash between any two steps, disks forget, links are cut,
 //! and what clients were promised must hold. A seed determines all of it; a second run of a seed is the same run.
 
+mod agents;
+mod calls;
 mod chance;
 mod clients;
 mod disk;
@@ -13,6 +15,7 @@ mod run;
 mod trace;
 mod world;
 
-pub use run::{Report, run};
+pub use raft_store::Planted;
+pub use run::{Report, run, run_many};
 pub use trace::Trace;
 pub use world::Plan;

@@ -100,6 +100,15 @@ struct Inner {
     faults: u64,
 }
 
+/// What is sent one after the other, as over a connection; none once something was lost.
+pub struct Lane(Mutex<Option<i64>>);
+
+impl Default for Lane {
+    fn default() -> Self {
+        Self(Mutex::new(Some(0)))
+    }
+}
+
 struct Parcel {
     link: (Place, Place),
     exchange: Option<u64>,
@@ -214,6 +223,30 @@ impl Network {
         if !inner.cut.contains_key(&(from, to)) {
             inner.post(Parcel { link: (from, to), exchange: None, deliver: Box::new(deliver) }, None);
         }
+    }
+
+    /// As [`post`](Self::post), after everything that was sent in this lane before. A lane that lost something is over.
+    pub fn post_in_order(&self, lane: &Lane, from: Place, to: Place, deliver: impl FnOnce() + Send + 'static) {
+        let mut inner = self.inner.lock();
+        let mut last = lane.0.lock();
+        if inner.cut.contains_key(&(from, to)) {
+            *last = None;
+        }
+        let Some(earliest) = *last else { return };
+        let takes = {
+            let (from, to) = inner.delay;
+            inner.chance.micros(from, to).as_nanos()
+        };
+        let due = earliest.max(kernel::now() + i64::try_from(takes).unwrap_or(0));
+        *last = Some(due);
+        inner.put(due, Parcel { link: (from, to), exchange: None, deliver: Box::new(deliver) });
+    }
+
+    /// Something happens at a place after a while, whatever becomes of the network.
+    pub fn later(&self, place: Place, takes: Duration, happens: impl FnOnce() + Send + 'static) {
+        let due = kernel::now() + i64::try_from(takes.as_nanos()).unwrap_or(i64::MAX);
+        let parcel = Parcel { link: (place, place), exchange: None, deliver: Box::new(happens) };
+        self.inner.lock().put(due, parcel);
     }
 
     /// Delivers what arrives now.

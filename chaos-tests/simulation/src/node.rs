@@ -3,12 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use controller::{Controller, ControllerConfig, Guest, InitialMember, Refusal, Reply, Request, SystemClock};
 use parking_lot::Mutex;
 use raft_store::{CommitError, LogIndex, Member, NotLeader, PeerTls, Planted, State, Store, StoreConfig, Transaction};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tower::ServiceExt as _;
 
+use crate::agents::{self, Hosts};
 use crate::disk::Disk;
 use crate::network::{Incoming, Network, Place};
 use crate::process::Process;
@@ -26,6 +29,8 @@ pub enum Ask {
     Look,
     /// To hand the lead to another node.
     Transfer(u64),
+    /// To answer a call of the API.
+    Call(Request),
 }
 
 /// What a node answers.
@@ -37,6 +42,8 @@ pub enum Told {
     State(Result<Arc<State>, NotLeader>),
     /// The lead has moved, or not.
     Transferred,
+    /// The call's answer, or who has it.
+    Reply(Result<Reply, Refusal>),
 }
 
 struct Asked {
@@ -80,6 +87,8 @@ pub struct Setting {
     pub planted: Option<Planted>,
     /// A snapshot is taken after so many entries.
     pub snapshot_every: u64,
+    /// The hosts' agents, where controllers run on the stores.
+    pub hosts: Option<Hosts>,
 }
 
 /// A host.
@@ -188,6 +197,7 @@ impl Program {
             tell!(self.setting.trace, "node 1 does not found the pool: {error}");
         }
         *self.store.lock() = Some(store.clone());
+        let controller = self.setting.hosts.as_ref().map(|hosts| control(&self.setting, hosts, self.id, &store));
         let service = store.service();
         loop {
             tokio::select! {
@@ -198,8 +208,8 @@ impl Program {
                     return;
                 }
                 Some(Asked { ask, answer }) = asked.recv() => {
-                    let store = store.clone();
-                    tokio::spawn(async move { answer(obey(&store, ask).await) });
+                    let (store, controller) = (store.clone(), controller.clone());
+                    tokio::spawn(async move { answer(obey(&store, controller.as_ref(), ask).await) });
                 }
                 Some(mut incoming) = arrivals.recv() => {
                     let service = service.clone();
@@ -215,8 +225,37 @@ impl Program {
     }
 }
 
-async fn obey(store: &Store, ask: Ask) -> Told {
+/// A controller on a store, at its chores.
+fn control(setting: &Setting, hosts: &Hosts, id: u64, store: &Store) -> Controller {
+    let founding = |member: &Member| InitialMember {
+        node_id: member.node_id,
+        host_uuid: agents::host_uuid(member.node_id),
+        api_address: std::net::Ipv4Addr::from(0x7f00_0000 | u32::try_from(member.node_id).unwrap_or(0)).into(),
+        peer_address: member.peer_address.clone(),
+        agent_address: format!("agent-{}", member.node_id),
+    };
+    let config = ControllerConfig {
+        initial_members: setting.members.iter().map(founding).collect(),
+        // Nobody logs in over the network.
+        initial_password_hash: "none that fits".into(),
+        guest: Guest::default(),
+        election_wait: Duration::from_secs(5),
+        redirect_sessions: false,
+        ca_certificate: String::new(),
+    };
+    let agents = hosts.seen_from(&setting.network, id);
+    let controller = Controller::new(store.clone(), agents, config, Arc::new(SystemClock), CancellationToken::new());
+    let runs = controller.clone();
+    tokio::spawn(async move { runs.run().await });
+    controller
+}
+
+async fn obey(store: &Store, controller: Option<&Controller>, ask: Ask) -> Told {
     match ask {
+        Ask::Call(request) => match controller {
+            Some(controller) => Told::Reply(controller.call(request).await),
+            None => Told::Reply(Err(Refusal::Retry)),
+        },
         Ask::Commit(transaction) => Told::Committed(store.commit(transaction).await),
         Ask::Read => Told::State(store.read().await),
         Ask::Look => Told::State(Ok(store.state())),

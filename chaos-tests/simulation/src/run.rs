@@ -1,9 +1,13 @@
 //! A run: a time of trouble, then a time in which all must come to rest, then the judgement.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use raft_store::State;
 
 use crate::broken;
+use crate::calls::Callers;
 use crate::chance::Chance;
 use crate::clients::Clients;
 use crate::tell;
@@ -13,7 +17,7 @@ use crate::world::{Plan, World};
 const MILLI: i64 = 1_000_000;
 /// So long, at most, until all has come to rest after the trouble, in milliseconds.
 const REST: i64 = 60_000;
-const WRITERS: u64 = 4;
+const WORKERS: u64 = 4;
 const FOLLOWERS: u64 = 2;
 
 /// What came of a run.
@@ -41,7 +45,7 @@ pub fn run(plan: Plan, trace: Trace) -> Report {
     // The model is made once for all runs: before any of them, so that none makes it under its own chance.
     let _ = datamodel::model();
     let told = trace.clone();
-    let thread = std::thread::Builder::new().name(format!("seed {}", plan.seed)).spawn(move || store(plan, &told));
+    let thread = std::thread::Builder::new().name(format!("seed {}", plan.seed)).spawn(move || live(plan, &told));
     let acknowledged = match thread.expect("no thread for a simulation").join() {
         Ok(acknowledged) => acknowledged,
         Err(_) => {
@@ -52,26 +56,94 @@ pub fn run(plan: Plan, trace: Trace) -> Report {
     Report { seed: plan.seed, hash: trace.hash(), failures: trace.failures(), acknowledged, last: trace.last() }
 }
 
-/// A pool of bare stores and their clients.
-fn store(plan: Plan, trace: &Trace) -> u64 {
+/// Runs plans, as many at once as there are processors; no more are begun once `go_on` says so.
+#[must_use]
+pub fn run_many(
+    plans: impl Iterator<Item = Plan> + Send,
+    go_on: impl Fn(&Report) -> bool + Send + Sync,
+) -> Vec<Report> {
+    let plans = Mutex::new(plans);
+    let reports = Mutex::new(Vec::new());
+    let over = AtomicBool::new(false);
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    std::thread::scope(|scope| {
+        for _ in 0..processors {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let Some(plan) = plans.lock().next() else { return };
+                    let report = run(plan, Trace::default());
+                    if !go_on(&report) {
+                        over.store(true, Ordering::Relaxed);
+                    }
+                    reports.lock().push(report);
+                }
+            });
+        }
+    });
+    reports.into_inner()
+}
+
+/// Who uses a pool.
+enum Users {
+    /// Of bare stores.
+    Clients(Clients),
+    /// Of controllers.
+    Callers(Callers),
+}
+
+impl Users {
+    async fn begin(&self, chance: Chance) {
+        match self {
+            Self::Clients(clients) => clients.clone().found(chance).await,
+            Self::Callers(callers) => callers.clone().begin(chance).await,
+        }
+    }
+
+    async fn live(&self, name: u64, chance: Chance) {
+        match self {
+            Self::Clients(clients) if name > WORKERS => clients.clone().follow(name, chance).await,
+            Self::Clients(clients) => clients.clone().write_and_read(name, chance).await,
+            Self::Callers(callers) if name > WORKERS => callers.clone().follow(name, chance).await,
+            Self::Callers(callers) => callers.clone().work(name, chance).await,
+        }
+    }
+
+    fn judge(&self, state: &State) {
+        match self {
+            Self::Clients(clients) => clients.judge(state),
+            Self::Callers(callers) => callers.judge(state),
+        }
+    }
+
+    fn answered(&self) -> u64 {
+        match self {
+            Self::Clients(clients) => clients.acknowledged(),
+            Self::Callers(callers) => callers.answered(),
+        }
+    }
+}
+
+/// A pool in trouble, at rest, and judged. How many commits or calls were answered.
+fn live(plan: Plan, trace: &Trace) -> u64 {
     let mut world = World::new(plan, trace.clone());
     let ends = i64::try_from(plan.trouble).unwrap_or(i64::MAX) * MILLI;
     let nodes = world.nodes.len() as u64;
-    let clients = Clients::new(world.network.clone(), world.doors.clone(), trace.clone(), nodes, ends);
+    let (network, doors) = (world.network.clone(), world.doors.clone());
+    let users = Arc::new(if plan.controllers {
+        Users::Callers(Callers::new(network, doors, trace.clone(), nodes, ends))
+    } else {
+        Users::Clients(Clients::new(network, doors, trace.clone(), nodes, ends))
+    });
     let mut chance = Chance::new(plan.seed ^ 0xc11e);
-    let working = Arc::new(AtomicU64::new(WRITERS + FOLLOWERS));
-    let chances: Vec<Chance> = (0..=WRITERS + FOLLOWERS).map(|_| chance.fork()).collect();
-    let (all, counted) = (clients.clone(), Arc::clone(&working));
+    let working = Arc::new(AtomicU64::new(WORKERS + FOLLOWERS));
+    let chances: Vec<Chance> = (0..=WORKERS + FOLLOWERS).map(|_| chance.fork()).collect();
+    let (all, counted) = (Arc::clone(&users), Arc::clone(&working));
     world.clients.spawn(async move {
-        all.clone().found(chances[0].clone()).await;
-        for (name, chance) in (1..=WRITERS + FOLLOWERS).zip(chances.into_iter().skip(1)) {
-            let (all, counted) = (all.clone(), Arc::clone(&counted));
+        all.begin(chances[0].clone()).await;
+        for (name, chance) in (1..=WORKERS + FOLLOWERS).zip(chances.into_iter().skip(1)) {
+            let (all, counted) = (Arc::clone(&all), Arc::clone(&counted));
             tokio::spawn(async move {
-                if name > WRITERS {
-                    all.follow(name, chance).await;
-                } else {
-                    all.write_and_read(name, chance).await;
-                }
+                all.live(name, chance).await;
                 counted.fetch_sub(1, Ordering::Relaxed);
             });
         }
@@ -81,19 +153,29 @@ fn store(plan: Plan, trace: &Trace) -> u64 {
         world.trouble();
     }
     world.mend();
-    while world.now() < ends + REST * MILLI && trace.failures().is_empty() {
+    let mut left = vec!["everything".to_owned()];
+    while world.now() < ends + REST * MILLI && trace.failures().is_empty() && !left.is_empty() {
         world.step();
-        if working.load(Ordering::Relaxed) == 0 && world.is_settled() {
-            break;
-        }
+        left = unrest(&world, working.load(Ordering::Relaxed));
     }
     if trace.failures().is_empty() {
-        let state = world.nodes[0].store().map(|store| store.state());
-        match state.filter(|_| world.is_settled() && working.load(Ordering::Relaxed) == 0) {
-            Some(state) => clients.judge(&state),
-            None => broken!(trace, "the pool has not come to rest"),
+        match world.nodes[0].store() {
+            Some(store) if left.is_empty() => users.judge(&store.state()),
+            _ => broken!(trace, "the pool does not come to rest: {left:?}"),
         }
     }
-    tell!(trace, "{} commits were acknowledged", clients.acknowledged());
-    clients.acknowledged()
+    tell!(trace, "{} were answered", users.answered());
+    users.answered()
+}
+
+/// What keeps a pool from being at rest.
+fn unrest(world: &World, working: u64) -> Vec<String> {
+    if working > 0 || !world.is_settled() {
+        return vec![format!("{working} clients, nodes at one: {}", world.is_settled())];
+    }
+    let (Some(hosts), Some(store)) = (&world.hosts, world.nodes[0].store()) else { return Vec::new() };
+    let state = store.state();
+    let mut left = Callers::under_way(&state);
+    left.extend(Callers::unlike(&state, hosts));
+    left
 }

@@ -8,6 +8,7 @@ use datamodel::{ClassId, OpaqueRef};
 use parking_lot::Mutex;
 use raft_store::{ChangeKind, Leadership, LogIndex, Member, Planted};
 
+use crate::agents::{self, Hosts};
 use crate::chance::Chance;
 use crate::clients;
 use crate::disk::{Disk, Moment};
@@ -31,13 +32,15 @@ pub struct Plan {
     pub planted: Option<Planted>,
     /// For so many simulated milliseconds things go wrong; then all is mended.
     pub trouble: u64,
+    /// Whether controllers and their agents run on the stores.
+    pub controllers: bool,
 }
 
 impl Plan {
-    /// The run of a seed.
+    /// The run of a seed. Two of three are of bare stores, whose trouble is the densest.
     #[must_use]
     pub const fn of(seed: u64) -> Self {
-        Self { seed, planted: None, trouble: 12_000 }
+        Self { seed, planted: None, trouble: 12_000, controllers: seed.is_multiple_of(3) }
     }
 }
 
@@ -51,6 +54,8 @@ pub struct World {
     pub network: Network,
     /// How clients reach nodes.
     pub doors: Doors,
+    /// The hosts' agents, where controllers run.
+    pub hosts: Option<Hosts>,
     /// The hosts.
     pub nodes: Vec<Node>,
     /// Where the clients live.
@@ -77,7 +82,9 @@ impl World {
             peer_address: format!("peer-{node_id}"),
             api_address: format!("127.0.0.{node_id}"),
         });
+        let hosts = plan.controllers.then(|| Hosts::new(size, chance.fork(), trace.clone()));
         let setting = Setting {
+            hosts: hosts.clone(),
             network: network.clone(),
             doors: doors.clone(),
             trace: trace.clone(),
@@ -97,6 +104,7 @@ impl World {
             trace,
             network,
             doors,
+            hosts,
             clients: Process::start(),
             next_trouble: 2_000 * MILLI,
             mend_at: None,
@@ -162,7 +170,7 @@ impl World {
         let size = self.nodes.len();
         let at = if self.chance.one_in(2) { self.leader() } else { None };
         let at = at.unwrap_or_else(|| self.chance.index(size));
-        match self.chance.below(15) {
+        match self.chance.below(if self.hosts.is_some() { 18 } else { 15 }) {
             0 => self.crash(at, false),
             1 => self.crash(at, true),
             2 => self.crash_between_polls(at),
@@ -202,10 +210,24 @@ impl World {
                 self.nodes[at].wall_error = error;
             }
             13 => self.transfer(at),
-            _ => {
+            14 => {
                 tell!(self.trace, "the power fails");
                 for at in 0..size {
                     self.crash(at, true);
+                }
+            }
+            15 => {
+                let other = self.nodes[self.chance.index(size)].id;
+                let one = self.nodes[at].id;
+                tell!(self.trace, "node {one} and the agent of {other} are apart");
+                self.network.cut(one, agents::AGENT + other);
+                self.network.cut(agents::AGENT + other, one);
+                let mend_at = self.now + self.millis(100, 6_000);
+                self.mend_at.get_or_insert(mend_at);
+            }
+            _ => {
+                if let Some(hosts) = &self.hosts {
+                    hosts.lose_a_domain();
                 }
             }
         }
@@ -321,6 +343,10 @@ impl World {
 
     /// What must hold at any time.
     fn check(&mut self) {
+        if let Some(hosts) = &self.hosts {
+            // It tells of a VM that runs twice.
+            let _ = hosts.domains();
+        }
         for at in 0..self.nodes.len() {
             let Some(store) = self.nodes[at].store() else { continue };
             let id = self.nodes[at].id;
