@@ -15,7 +15,7 @@ LAB_DIR ?= $(or $(XDG_RUNTIME_DIR),/tmp)/xenith-lab-$(shell id -u)
 LAB_FLAGS ?=
 CARGO_FLAGS := --release --locked
 
-.PHONY: help demo test bench coverage build clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
+.PHONY: help demo test simulate bench coverage build clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -29,6 +29,11 @@ test: ## Every test (installs what is missing)
 	@deploy/install-deps.sh --for test
 	@$(MAKE) --no-print-directory build guest
 	@XENITH_CLIENTS=$$(deploy/clients/install.sh all) XENITH_GUEST_DIR="$(XENITH_CACHE)/guest/image" XENITH_BIN="$(XENITH)" deploy/run-tests.sh $(TEST_FLAGS)
+
+simulate: ## Pools in trouble, SEEDS=10000 of them, or one told as it happens: SEED=123
+	@deploy/install-deps.sh --for build
+	@cargo build $(CARGO_FLAGS) -p simulation
+	@"$(CARGO_TARGET_DIR)/release/simulate" $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200))
 
 bench: ## Measure the pool beside etcd and write docs/benchmarks.md (installs what is missing)
 	@deploy/install-deps.sh --for bench

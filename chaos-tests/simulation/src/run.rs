@@ -1,7 +1,7 @@
 //! A run: a time of trouble, then a time in which all must come to rest, then the judgement.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 
 use parking_lot::Mutex;
 use raft_store::State;
@@ -42,8 +42,9 @@ pub struct Report {
 #[must_use]
 #[allow(clippy::expect_used)]
 pub fn run(plan: Plan, trace: Trace) -> Report {
-    // The model is made once for all runs: before any of them, so that none makes it under its own chance.
-    let _ = datamodel::model();
+    // What is made once for all runs is made before any of them, so that none makes it under its own chance.
+    static TABLES: Once = Once::new();
+    TABLES.call_once(|| drop(controller::coverage::document()));
     let told = trace.clone();
     let thread = std::thread::Builder::new().name(format!("seed {}", plan.seed)).spawn(move || live(plan, &told));
     let acknowledged = match thread.expect("no thread for a simulation").join() {
@@ -125,6 +126,7 @@ impl Users {
 
 /// A pool in trouble, at rest, and judged. How many commits or calls were answered.
 fn live(plan: Plan, trace: &Trace) -> u64 {
+    trace.hear_panics();
     let mut world = World::new(plan, trace.clone());
     let ends = i64::try_from(plan.trouble).unwrap_or(i64::MAX) * MILLI;
     let nodes = world.nodes.len() as u64;

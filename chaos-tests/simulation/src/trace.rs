@@ -1,8 +1,9 @@
 //! What happened, in order: as a number that two runs of a seed share, and as text for who wants to read it.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use parking_lot::Mutex;
 
@@ -112,6 +113,28 @@ impl Trace {
     #[must_use]
     pub fn last(&self) -> Vec<String> {
         self.inner.lock().last.iter().cloned().collect()
+    }
+}
+
+thread_local! {
+    static PANICS: Cell<Option<Trace>> = const { Cell::new(None) };
+}
+
+impl Trace {
+    /// A panic of any task on this thread breaks a promise.
+    pub(crate) fn hear_panics(&self) {
+        static HOOK: Once = Once::new();
+        HOOK.call_once(|| {
+            let otherwise = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |panic| match PANICS.take() {
+                Some(trace) => {
+                    trace.broken(format_args!("panic: {panic}"));
+                    PANICS.set(Some(trace));
+                }
+                None => otherwise(panic),
+            }));
+        });
+        PANICS.set(Some(self.clone()));
     }
 }
 
