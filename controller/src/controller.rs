@@ -12,6 +12,7 @@ use crate::agent::Agents;
 use crate::call::{Refusal, Reply, Request};
 use crate::clock::Clock;
 use crate::first_boot::Guest;
+use crate::in_hand::InHand;
 use crate::{dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
 
 /// What a controller is told when it starts.
@@ -44,6 +45,7 @@ pub(crate) struct Shared {
     pub(crate) agents: Agents,
     pub(crate) sessions: sessions::Activity,
     pub(crate) tasks: tasks::Running,
+    pub(crate) in_hand: InHand,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -86,6 +88,7 @@ impl Controller {
             agents,
             sessions: sessions::Activity::default(),
             tasks: tasks::Running::default(),
+            in_hand: InHand::default(),
             shutdown,
         };
         Self { shared: Arc::new(shared) }
@@ -171,7 +174,7 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
     shared.sessions.forget();
     tokio::join!(
         reconcile::run(shared, epoch, term.clone()),
-        operations::adopt(shared, epoch),
+        operations::adopt(shared),
         sessions::collect(shared),
         tasks::collect(shared),
         repeats::collect(shared),
