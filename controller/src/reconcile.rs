@@ -163,7 +163,10 @@ async fn all_domains(
     let state = shared.store.read().await?;
     let mut crossed = Crossed::new();
     let there: HashMap<&str, &DomainState> = domains.iter().map(|domain| (domain.vm.as_str(), domain)).collect();
-    for row in state.all::<Vm>().filter(|row| row.get(vm::RESIDENT_ON) == host_ref && !row.get(vm::IS_CONTROL_DOMAIN)) {
+    // One that is being started here, too: an operation that is repeated answers what was so when it was first done.
+    let here =
+        |row: &&Arc<Row>| row.get(vm::RESIDENT_ON) == host_ref || row.get(vm::SCHEDULED_TO_BE_RESIDENT_ON) == host_ref;
+    for row in state.all::<Vm>().filter(here).filter(|row| !row.get(vm::IS_CONTROL_DOMAIN)) {
         if !there.contains_key(row.uuid()) {
             let gone = DomainState {
                 vm: row.uuid().to_owned(),

@@ -2,6 +2,7 @@
 //! and what clients were promised must hold. A seed determines all of it; a second run of a seed is the same run.
 
 mod agents;
+mod apart;
 mod calls;
 mod chance;
 mod clients;
@@ -15,7 +16,7 @@ mod run;
 mod trace;
 mod world;
 
+pub use apart::run_apart;
 pub use raft_store::Planted;
-pub use run::{Report, run, run_many};
-pub use trace::Trace;
+pub use run::Report;
 pub use world::Plan;

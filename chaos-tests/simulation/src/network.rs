@@ -24,6 +24,7 @@ use tower::util::BoxCloneSyncService;
 
 use crate::chance::Chance;
 use crate::kernel;
+use crate::tell;
 use crate::trace::Trace;
 
 /// A process's place on the network.
@@ -317,6 +318,9 @@ impl Network {
         inner.sent += 1;
         let id = inner.sent;
         self.trace.count("open", &[from, to, id].map(u64::to_le_bytes).concat());
+        if head.uri.path().ends_with("InstallSnapshot") {
+            tell!(self.trace, "{from} sends {to} a snapshot");
+        }
         let now = kernel::now();
         inner.exchanges.insert(
             id,

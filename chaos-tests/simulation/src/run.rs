@@ -1,10 +1,10 @@
 //! A run: a time of trouble, then a time in which all must come to rest, then the judgement.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 
-use parking_lot::Mutex;
 use raft_store::State;
+use serde::{Deserialize, Serialize};
 
 use crate::broken;
 use crate::calls::Callers;
@@ -21,7 +21,7 @@ const WORKERS: u64 = 4;
 const FOLLOWERS: u64 = 2;
 
 /// What came of a run.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// What determines the run.
     pub seed: u64,
@@ -35,16 +35,20 @@ pub struct Report {
     pub last: Vec<String>,
 }
 
+/// Makes what is made once for all runs, so that none makes it under its own chance.
+pub(crate) fn prepare() {
+    static TABLES: Once = Once::new();
+    TABLES.call_once(|| drop(controller::coverage::document()));
+}
+
 /// Runs a plan on a thread of its own, whose clock and chance are the simulation's.
 ///
 /// # Panics
 /// Where no thread can be had.
 #[must_use]
 #[allow(clippy::expect_used)]
-pub fn run(plan: Plan, trace: Trace) -> Report {
-    // What is made once for all runs is made before any of them, so that none makes it under its own chance.
-    static TABLES: Once = Once::new();
-    TABLES.call_once(|| drop(controller::coverage::document()));
+pub(crate) fn run(plan: Plan, trace: Trace) -> Report {
+    prepare();
     let told = trace.clone();
     let thread = std::thread::Builder::new().name(format!("seed {}", plan.seed)).spawn(move || live(plan, &told));
     let acknowledged = match thread.expect("no thread for a simulation").join() {
@@ -55,33 +59,6 @@ pub fn run(plan: Plan, trace: Trace) -> Report {
         }
     };
     Report { seed: plan.seed, hash: trace.hash(), failures: trace.failures(), acknowledged, last: trace.last() }
-}
-
-/// Runs plans, as many at once as there are processors; no more are begun once `go_on` says so.
-#[must_use]
-pub fn run_many(
-    plans: impl Iterator<Item = Plan> + Send,
-    go_on: impl Fn(&Report) -> bool + Send + Sync,
-) -> Vec<Report> {
-    let plans = Mutex::new(plans);
-    let reports = Mutex::new(Vec::new());
-    let over = AtomicBool::new(false);
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    std::thread::scope(|scope| {
-        for _ in 0..processors {
-            scope.spawn(|| {
-                while !over.load(Ordering::Relaxed) {
-                    let Some(plan) = plans.lock().next() else { return };
-                    let report = run(plan, Trace::default());
-                    if !go_on(&report) {
-                        over.store(true, Ordering::Relaxed);
-                    }
-                    reports.lock().push(report);
-                }
-            });
-        }
-    });
-    reports.into_inner()
 }
 
 /// Who uses a pool.

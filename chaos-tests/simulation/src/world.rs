@@ -268,6 +268,10 @@ impl World {
     fn transfer(&mut self, at: usize) {
         let (from, to) = (self.nodes[at].id, self.nodes[self.chance.index(self.nodes.len())].id);
         tell!(self.trace, "node {from} is to hand the lead to {to}");
+        if self.chance.one_in(2) {
+            // Who learns late that it was replaced is who may answer wrongly.
+            self.nodes[at].disk.set_sync(100_000, 400_000);
+        }
         let (doors, network) = (self.doors.clone(), self.network.clone());
         self.clients.spawn(async move {
             doors.ask(&network, clients::PLACE, from, Ask::Transfer(to), Duration::from_secs(5)).await;
