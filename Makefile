@@ -15,7 +15,7 @@ LAB_DIR ?= $(or $(XDG_RUNTIME_DIR),/tmp)/xenith-lab-$(shell id -u)
 LAB_FLAGS ?=
 CARGO_FLAGS := --release --locked
 
-.PHONY: help demo test soak bench coverage build clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
+.PHONY: help demo test soak simulate bench coverage build clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -33,6 +33,11 @@ test: ## Every test (installs what is missing)
 soak: ## The tests that take minutes: a master that is stopped for half a minute, and the like
 	@$(MAKE) --no-print-directory build
 	@XENITH_BIN="$(XENITH)" deploy/run-tests.sh -p chaos-tests --test faults $(if $(shell cargo nextest --version 2>/dev/null),--run-ignored all,-- --include-ignored)
+
+simulate: ## Pools in trouble, SEEDS=10000 of them, or one told as it happens: SEED=123
+	@deploy/install-deps.sh --for build
+	@cargo build $(CARGO_FLAGS) -p simulation
+	@"$(CARGO_TARGET_DIR)/release/simulate" $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200))
 
 bench: ## Measure the pool beside etcd and write docs/benchmarks.md (installs what is missing)
 	@deploy/install-deps.sh --for bench

@@ -206,6 +206,9 @@ impl Call {
             Stage::Done(value) if !self.task.is_null() => self.commit_with_task(transaction, value).await,
             _ => self.shared.store.commit(transaction).await,
         };
+        if let (Err(_), Some(repeat)) = (&committed, &self.repeat) {
+            repeat.refused();
+        }
         match committed {
             Ok(index) => {
                 self.wrote.store(true, Ordering::Relaxed);

@@ -13,6 +13,7 @@ use crate::agent::Agents;
 use crate::call::{Refusal, Reply, Request};
 use crate::clock::{Clock, Office};
 use crate::first_boot::Guest;
+use crate::in_hand::InHand;
 use crate::membership::emergency::LocalSessions;
 use crate::membership::{Surroundings, VoterPolicy, join, rotation, voters};
 use crate::{dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
@@ -61,6 +62,7 @@ pub(crate) struct Shared {
     pub(crate) parting: AtomicBool,
     /// Members change one at a time.
     pub(crate) admissions: tokio::sync::Mutex<()>,
+    pub(crate) in_hand: InHand,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -112,6 +114,7 @@ impl Controller {
             local_sessions: LocalSessions::default(),
             parting: AtomicBool::new(false),
             admissions: tokio::sync::Mutex::new(()),
+            in_hand: InHand::default(),
             shutdown,
         };
         Self { shared: Arc::new(shared) }
@@ -211,7 +214,7 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
     shared.sessions.forget();
     tokio::join!(
         reconcile::run(shared, epoch, term.clone()),
-        operations::adopt(shared, epoch),
+        operations::adopt(shared),
         sessions::collect(shared),
         tasks::collect(shared),
         repeats::collect(shared),

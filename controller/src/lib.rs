@@ -12,6 +12,7 @@ mod events;
 mod failure;
 mod first_boot;
 mod implicit;
+mod in_hand;
 mod lifecycle;
 mod membership;
 mod operations;

@@ -19,12 +19,14 @@ use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 use proto::agent::{DomainSpec, DomainState, PowerState, Step};
 use raft_store::{CommitError, LogIndex, NewRow, Row, State, Transaction};
+use tokio::task::JoinSet;
 use tracing::Instrument;
 
 use crate::agent::AgentError;
 use crate::call::{Call, find};
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
+use crate::in_hand::Hold;
 use crate::repeats::{self, ANSWER, Stage};
 use crate::{lifecycle, placement, tasks};
 
@@ -33,6 +35,8 @@ const STEP_LIMIT: Duration = Duration::from_secs(60);
 /// A guest that was asked to end has this long.
 pub(crate) const CLEAN_LIMIT: Duration = Duration::from_secs(1200);
 const ATTEMPTS: usize = 20;
+/// What nobody has in hand is looked for this often.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// The parameter of an operation that made its task itself, and so ends it.
 const TASK: &str = "task";
 
@@ -93,7 +97,7 @@ pub(crate) async fn run(
     let call = call.fork();
     let work = async move {
         let whole = async {
-            let (row, host_ref) = begin(&call, vm_ref, what, verb, on).await?;
+            let (row, host_ref, _held) = begin(&call, vm_ref, what, verb, on).await?;
             finish(&call.shared, &row, verb, host_ref).await
         };
         tokio::select! {
@@ -113,7 +117,7 @@ async fn begin(
     what: VmOperations,
     verb: Verb,
     on: Option<Ref<Host>>,
-) -> Served<(Arc<Row>, Ref<Host>)> {
+) -> Served<(Arc<Row>, Ref<Host>, Hold)> {
     for _ in 0..ATTEMPTS {
         let state = call.latest().await?;
         let vm_row = find(&state, vm_ref)?;
@@ -129,6 +133,7 @@ async fn begin(
             call.task
         };
         let reference: Ref<Operation> = call.reference();
+        let held = call.shared.in_hand.hold(reference.opaque());
         let uuid = call.uuid();
         change.expect_row(&vm_row).put(vm_ref, vm::CURRENT_OPERATIONS, task_ref.to_string(), what).set(
             vm_ref,
@@ -156,7 +161,7 @@ async fn begin(
         match call.commit_as(change, Stage::Open).await {
             Ok(_) => {
                 let state = call.latest().await?;
-                return Ok((find(&state, reference)?, host_ref));
+                return Ok((find(&state, reference)?, host_ref, held));
             }
             Err(CommitError::Conflict(conflict)) => {
                 // Met by itself, or by another call? The latter is looked at anew.
@@ -456,28 +461,41 @@ fn show_consoles(
     }
 }
 
-/// Finishes what earlier masters began, then fails the tasks that nobody stands for.
-pub(crate) async fn adopt(shared: &Arc<Shared>, epoch: LogIndex) {
-    let Ok(state) = shared.store.read().await else { return };
-    let left: Vec<Arc<Row>> = state
-        .all::<Operation>()
-        .filter(|row| u64::try_from(row.get(operation::EPOCH)).unwrap_or(0) < epoch.0)
-        .cloned()
-        .collect();
-    let kept: Vec<Ref<Task>> = left.iter().map(|row| row.get(operation::TASK)).collect();
-    if let Err(error) = tasks::fail_orphans(shared, &kept).await {
-        tracing::warn!(?error, "tasks of the last master were not settled");
+/// Finishes what nobody has in hand, and fails the tasks and answers that nobody stands for: what the last master left, and
+/// what was let go of here, because a proof of the lead came too late or a caller hung up. Looks again and again; ends
+/// when dropped, with all that it has begun.
+pub(crate) async fn adopt(shared: &Arc<Shared>) {
+    let mut adopted = JoinSet::new();
+    loop {
+        if let Err(error) = adopt_what_is_left(shared, &mut adopted).await {
+            tracing::info!(?error, "what is left is looked at again");
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+        while adopted.try_join_next().is_some() {}
     }
-    let before = i64::try_from(epoch.0).unwrap_or(i64::MAX);
-    if let Err(error) = repeats::fail_orphans(shared, before).await {
-        tracing::warn!(?error, "answers of the last master were not settled");
+}
+
+async fn adopt_what_is_left(shared: &Arc<Shared>, adopted: &mut JoinSet<()>) -> Served<()> {
+    let state = shared.store.read().await?;
+    let mut tasks = Vec::new();
+    for row in state.all::<Operation>() {
+        tasks.push(row.get(operation::TASK));
+        if !shared.in_hand.has(row.reference) {
+            let held = shared.in_hand.hold(row.reference);
+            let (shared, row) = (Arc::clone(shared), Arc::clone(row));
+            adopted.spawn(async move {
+                adopt_one(&shared, &row).await;
+                drop(held);
+            });
+        }
     }
-    futures::future::join_all(left.iter().map(|row| adopt_one(shared, row))).await;
+    tasks::fail_orphans(shared, &state, &tasks).await?;
+    repeats::fail_orphans(shared, &state).await
 }
 
 async fn adopt_one(shared: &Arc<Shared>, row: &Arc<Row>) {
     let verb = Verb::from_word(&row.get(operation::VERB));
-    tracing::info!(operation = row.uuid(), verb = row.get(operation::VERB), "adopting an operation of the last master");
+    tracing::info!(operation = row.uuid(), verb = row.get(operation::VERB), "adopting an operation");
     let host_ref = row.get(operation::HOST);
     let ended = match verb {
         Some(verb) => finish(shared, row, verb, host_ref).await,
@@ -489,7 +507,7 @@ async fn adopt_one(shared: &Arc<Shared>, row: &Arc<Row>) {
     match ended {
         Ok(()) | Err(Failure::Api(_)) => {}
         Err(Failure::NotLeader | Failure::Repeated) => {
-            tracing::info!(operation = row.uuid(), "left to the next master")
+            tracing::info!(operation = row.uuid(), "left until the lead is proven again, or to the next master")
         }
     }
 }

@@ -5,8 +5,8 @@
 //! halts them all, a host that is silent shows `live = false`. VMs of a silent host keep their state:
 //! nobody can know whether they still run, and without high availability nobody may start them elsewhere.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -104,6 +104,7 @@ async fn listen(
     let request = WatchRequest { pool: pool.clone(), epoch: epoch.0 };
     let mut events = agent.watch(request).await.map_err(|error| error.to_string())?;
     let mut synced = false;
+    let mut crossed = Crossed::new();
     loop {
         let event = match tokio::time::timeout(SILENCE, events.next()).await {
             Ok(Some(event)) => event.map_err(|error| error.to_string())?,
@@ -113,20 +114,54 @@ async fn listen(
         *heard = tokio::time::Instant::now();
         match event.event {
             Some(Event::All(list)) => {
-                all_domains(shared, &agent, &pool, epoch, host_ref, &list.domains).await.map_err(told)?;
+                crossed = all_domains(shared, &agent, &pool, epoch, host_ref, &list.domains).await.map_err(told)?;
                 if !synced {
                     // Live only when its domains are known: who sees a live host may trust what it runs.
                     show_live(shared, reference, true).await.map_err(told)?;
                     synced = true;
                 }
             }
-            Some(Event::Domain(domain)) => one_domain(shared, host_ref, &domain).await.map_err(told)?,
+            Some(Event::Domain(domain)) => {
+                if settle(shared, host_ref, &domain).await.map_err(told)? {
+                    crossed.remove(&domain.vm);
+                } else {
+                    crossed.insert(domain.vm.clone(), domain);
+                }
+            }
             Some(Event::Beat(beat)) => {
+                if disagree(shared, host_ref, &mut crossed).await.map_err(told)? {
+                    // What was heard is old by now: the host is asked anew for all that it has.
+                    return Ok(());
+                }
                 show_memory(shared, host_ref, beat.memory_total, beat.memory_free).await.map_err(told)?;
             }
             None => {}
         }
     }
+}
+
+/// Domains that changed while an operation was at work on their VM, as they were last heard of.
+type Crossed = BTreeMap<String, DomainState>;
+
+/// Whether an operation that is over left a VM otherwise than its domain was heard to be: a guest that ends while it is
+/// being started is told of by the host before the start is recorded. Forgets what agrees.
+async fn disagree(shared: &Arc<Shared>, host_ref: Ref<Host>, crossed: &mut Crossed) -> Served<bool> {
+    if crossed.is_empty() {
+        return Ok(false);
+    }
+    let state = shared.store.read().await?;
+    let mut disagree = false;
+    crossed.retain(|_, domain| {
+        let row = state.by_uuid(<Vm as datamodel::ClassKind>::ID, &domain.vm);
+        let busy = row.is_some_and(|row| !row.get(vm::CURRENT_OPERATIONS).is_empty());
+        let agrees = match row.filter(|row| row.get(vm::RESIDENT_ON) == host_ref) {
+            Some(row) => same(&state, row, domain),
+            None => !placement_state(domain),
+        };
+        disagree |= !busy && !agrees;
+        busy
+    });
+    Ok(disagree)
 }
 
 /// Every domain of a host: VMs that should be there and are not have ended; domains that no VM stands for go.
@@ -137,10 +172,14 @@ async fn all_domains(
     epoch: LogIndex,
     host_ref: Ref<Host>,
     domains: &[DomainState],
-) -> Served<()> {
+) -> Served<Crossed> {
     let state = shared.store.read().await?;
+    let mut crossed = Crossed::new();
     let there: HashMap<&str, &DomainState> = domains.iter().map(|domain| (domain.vm.as_str(), domain)).collect();
-    for row in state.all::<Vm>().filter(|row| row.get(vm::RESIDENT_ON) == host_ref && !row.get(vm::IS_CONTROL_DOMAIN)) {
+    // One that is being started here, too: an operation that is repeated answers what was so when it was first done.
+    let here =
+        |row: &&Arc<Row>| row.get(vm::RESIDENT_ON) == host_ref || row.get(vm::SCHEDULED_TO_BE_RESIDENT_ON) == host_ref;
+    for row in state.all::<Vm>().filter(here).filter(|row| !row.get(vm::IS_CONTROL_DOMAIN)) {
         if !there.contains_key(row.uuid()) {
             let gone = DomainState {
                 vm: row.uuid().to_owned(),
@@ -148,7 +187,9 @@ async fn all_domains(
                 domid: -1,
                 ..Default::default()
             };
-            settle(shared, host_ref, &gone).await?;
+            if !settle(shared, host_ref, &gone).await? {
+                crossed.insert(gone.vm.clone(), gone);
+            }
         }
     }
     for domain in domains {
@@ -157,7 +198,9 @@ async fn all_domains(
             row.get(vm::RESIDENT_ON) == host_ref || row.get(vm::SCHEDULED_TO_BE_RESIDENT_ON) == host_ref
         });
         if ours {
-            settle(shared, host_ref, domain).await?;
+            if !settle(shared, host_ref, domain).await? {
+                crossed.insert(domain.vm.clone(), domain.clone());
+            }
         } else if placement_state(domain) {
             // A start whose outcome was lost, or a VM that was declared dead and is started elsewhere: never two of it.
             tracing::warn!(vm = domain.vm, host = %host_ref, "a domain that the pool does not know here is ended");
@@ -174,27 +217,31 @@ async fn all_domains(
             }
         }
     }
-    Ok(())
+    Ok(crossed)
 }
 
 fn placement_state(domain: &DomainState) -> bool {
     matches!(domain.state(), PowerState::Running | PowerState::Paused)
 }
 
-async fn one_domain(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState) -> Served<()> {
-    settle(shared, host_ref, domain).await
-}
-
-/// Makes a VM's rows say what its domain is; leaves a VM alone that an operation is working on, since that will.
-async fn settle(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState) -> Served<()> {
+/// Makes a VM's rows say what its domain is. False where that is for an operation to say, or cannot be said yet.
+async fn settle(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState) -> Served<bool> {
     for _ in 0..8 {
         let state = shared.store.read().await?;
-        let Some(row) = state.by_uuid(<Vm as datamodel::ClassKind>::ID, &domain.vm) else { return Ok(()) };
-        if row.get(vm::RESIDENT_ON) != host_ref
-            || !row.get(vm::CURRENT_OPERATIONS).is_empty()
-            || same(&state, row, domain)
-        {
-            return Ok(());
+        let Some(row) = state.by_uuid(<Vm as datamodel::ClassKind>::ID, &domain.vm) else {
+            return Ok(!placement_state(domain));
+        };
+        let here = row.get(vm::RESIDENT_ON) == host_ref;
+        if !row.get(vm::CURRENT_OPERATIONS).is_empty() {
+            let coming = row.get(vm::SCHEDULED_TO_BE_RESIDENT_ON) == host_ref;
+            return Ok(!here && !coming);
+        }
+        if !here {
+            // A domain that should not be here is ended when the host is asked for all that it has.
+            return Ok(!placement_state(domain));
+        }
+        if same(&state, row, domain) {
+            return Ok(true);
         }
         tracing::info!(vm = domain.vm, host = %host_ref, state = ?domain.state(), reason = domain.reason, "a domain changed by itself");
         let mut change = shared.transaction();
@@ -203,12 +250,12 @@ async fn settle(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState)
         show(shared, &state, &mut change, row, host_ref, domain, &mut after);
         change.set(row.typed::<Vm>(), vm::ALLOWED_OPERATIONS, after.allowed(row));
         match shared.store.commit(change).await {
-            Ok(_) => return Ok(()),
+            Ok(_) => return Ok(true),
             Err(CommitError::Conflict(_)) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(())
+    Ok(false)
 }
 
 fn same(_state: &State, row: &Row, domain: &DomainState) -> bool {

@@ -14,6 +14,7 @@ use std::time::Duration;
 use datamodel::fields::{answer, operation, session};
 use datamodel::{Answer, ApiError, ClassKind, Implicit, Input, MessageDef, Operation, Ref, Timestamp, Value};
 use datamodel::{convert, encode, errors};
+use parking_lot::Mutex;
 use raft_store::{NewRow, Row, State, Transaction};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
@@ -21,6 +22,7 @@ use uuid::Uuid;
 use crate::call::{Call, Caller, Reply};
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
+use crate::in_hand::Hold;
 use crate::operations::CLEAN_LIMIT;
 
 /// Keys that a host gave to a call which it sent on, and that no client knows.
@@ -46,6 +48,8 @@ pub(crate) struct Repeat {
     call: String,
     kept: i64,
     recorded: AtomicBool,
+    /// Its answer is in hand, from the transaction that is to record it on.
+    held: Mutex<Option<Hold>>,
 }
 
 /// What a transaction says of the call that commits it.
@@ -87,6 +91,7 @@ impl Repeat {
             call: call.iter().map(|byte| format!("{byte:02x}")).collect(),
             kept: if key.starts_with(OWN_KEY) { OWN_KEPT_SECONDS } else { KEPT_SECONDS },
             recorded: AtomicBool::new(false),
+            held: Mutex::new(None),
         })
     }
 
@@ -101,6 +106,7 @@ impl Repeat {
             show(change, self.reference, stage);
             return;
         }
+        self.held.lock().get_or_insert_with(|| shared.in_hand.hold(self.reference.opaque()));
         let epoch = shared.epoch().map_or(0, |epoch| i64::try_from(epoch.0).unwrap_or(i64::MAX));
         change.expect_absent(Answer::ID, self.reference.opaque()).insert(
             NewRow::new(self.reference, shared.uuid())
@@ -114,6 +120,13 @@ impl Repeat {
     /// The transaction that recorded the answer was committed.
     pub(crate) fn committed(&self) {
         self.recorded.store(true, Ordering::Relaxed);
+    }
+
+    /// The transaction that was to record the answer was not committed: if it is there it is another call's.
+    pub(crate) fn refused(&self) {
+        if !self.is_recorded() {
+            *self.held.lock() = None;
+        }
     }
 
     pub(crate) fn is_recorded(&self) -> bool {
@@ -263,13 +276,13 @@ pub(crate) async fn end(call: &Call, foreseen: Option<Stage>, outcome: Result<&V
     }
 }
 
-/// Open answers of earlier masters that no operation will close: their calls were broken off half-way.
-pub(crate) async fn fail_orphans(shared: &Arc<Shared>, epoch: i64) -> Served<()> {
-    let state = shared.store.read().await?;
+/// Open answers that no operation will close and nobody has in hand: their calls were broken off half-way.
+pub(crate) async fn fail_orphans(shared: &Arc<Shared>, state: &State) -> Served<()> {
     let mut change = shared.transaction();
-    for row in orphans(&state, epoch) {
-        let lost =
-            errors::internal_error("the master was lost during this call, which had begun; look before asking anew");
+    for row in orphans(shared, state) {
+        let lost = errors::internal_error("this call was broken off after it had begun; look before asking anew");
+        // It may have been closed since.
+        change.expect(row.typed::<Answer>(), answer::STATE, OPEN.to_owned());
         close(&mut change, row.typed(), Err(&lost));
     }
     if !change.is_empty() {
@@ -278,11 +291,15 @@ pub(crate) async fn fail_orphans(shared: &Arc<Shared>, epoch: i64) -> Served<()>
     Ok(())
 }
 
-fn orphans(state: &State, epoch: i64) -> Vec<Arc<Row>> {
-    let held: Vec<String> =
-        state.all::<Operation>().filter_map(|row| row.get(operation::PARAMETERS).get(ANSWER).cloned()).collect();
-    let open = |row: &&Arc<Row>| row.get(answer::STATE) == OPEN && row.get(answer::EPOCH) < epoch;
-    state.all::<Answer>().filter(open).filter(|row| !held.contains(&row.reference.to_string())).cloned().collect()
+fn orphans(shared: &Shared, state: &State) -> Vec<Arc<Row>> {
+    let open = |row: &&Arc<Row>| row.get(answer::STATE) == OPEN && !shared.in_hand.has(row.reference);
+    let mut open: Vec<_> = state.all::<Answer>().filter(open).cloned().collect();
+    if !open.is_empty() {
+        let closing: Vec<String> =
+            state.all::<Operation>().filter_map(|row| row.get(operation::PARAMETERS).get(ANSWER).cloned()).collect();
+        open.retain(|row| !closing.contains(&row.reference.to_string()));
+    }
+    open
 }
 
 /// How many calls are known to be under way.

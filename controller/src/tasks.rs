@@ -10,7 +10,7 @@ use datamodel::fields::task;
 use datamodel::{ApiError, Ref, Task, Timestamp, Value, encode, errors};
 use futures::FutureExt;
 use parking_lot::Mutex;
-use raft_store::{CommitError, NewRow, Transaction};
+use raft_store::{CommitError, NewRow, State, Transaction};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::Handler;
@@ -208,9 +208,8 @@ pub(crate) async fn cancel(call: &Call, reference: Ref<Task>) -> Served<()> {
     Ok(())
 }
 
-/// Tasks that were pending under an earlier master and that no operation stands for: nobody will ever finish them.
-pub(crate) async fn fail_orphans(shared: &Arc<Shared>, kept: &[Ref<Task>]) -> Served<()> {
-    let state = shared.store.read().await?;
+/// Tasks that are pending, that nobody runs, and that no operation stands for: nobody will ever finish them.
+pub(crate) async fn fail_orphans(shared: &Arc<Shared>, state: &State, kept: &[Ref<Task>]) -> Served<()> {
     let mut change = shared.transaction();
     for row in state.all::<Task>() {
         let reference = row.typed::<Task>();
@@ -218,6 +217,8 @@ pub(crate) async fn fail_orphans(shared: &Arc<Shared>, kept: &[Ref<Task>]) -> Se
         let pending = row.get(task::STATUS) == TaskStatusType::Pending;
         if ours && pending && !kept.contains(&reference) && !shared.tasks.runs(reference) {
             let lost = errors::internal_error("the master that ran this task was lost");
+            // Its end may have been recorded since.
+            change.expect(reference, task::STATUS, TaskStatusType::Pending);
             finish(&mut change, reference, Err(&lost), shared.now());
         }
     }

@@ -5,6 +5,7 @@
 //! every leader, so that an agent can refuse what an older one still sends.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver as _;
@@ -43,16 +44,25 @@ pub(crate) struct Lease {
     metrics: Metrics,
     /// Followers refuse to vote for another node for this long after they heard from the leader.
     length: Duration,
+    /// The last term in which this node asked another one to take the lead.
+    given_up: Arc<AtomicU64>,
 }
 
 impl Lease {
     pub(crate) fn new(raft: &Raft, length: Duration) -> Self {
-        Self { metrics: raft.metrics(), length }
+        Self { metrics: raft.metrics(), length, given_up: Arc::default() }
     }
 
     /// Whether reads may be answered without asking anybody: with a quarter of the lease to spare.
     pub(crate) fn is_fresh(&self) -> bool {
-        self.age().is_some_and(|age| age < self.length * 3 / 4)
+        let given_up = self.given_up.load(Ordering::Acquire) == self.metrics.borrow_watched().current_term;
+        !given_up && self.age().is_some_and(|age| age < self.length * 3 / 4)
+    }
+
+    /// To be called before another node is asked to take the lead: followers vote for that one at once, lease or no
+    /// lease, so that in this term every read needs a quorum's word.
+    pub(crate) fn give_up(&self) {
+        self.given_up.store(self.metrics.borrow_watched().current_term, Ordering::Release);
     }
 
     /// Since when no quorum has acknowledged; none where this node does not lead.

@@ -7,6 +7,8 @@ pub enum Planted {
     AcknowledgesBeforeSync,
     /// Whoever believes to lead answers reads, without a proof.
     ReadsWhileDeposed,
+    /// Who has asked another node to take the lead goes on answering reads from its lease.
+    KeepsItsLease,
     /// Deletions are forgotten after a few entries, and tokens from before them still accepted.
     ForgetsTombstones,
 }

@@ -384,6 +384,9 @@ impl Store {
         if node_id == self.shared.node_id {
             return Ok(());
         }
+        if self.shared.planted != Some(Planted::KeepsItsLease) {
+            self.shared.lease.give_up();
+        }
         let refused = self.shared.raft.trigger().transfer_leader(node_id).await;
         if let Err(error) = refused {
             tracing::warn!(%error, "the lead cannot be handed over");

@@ -10,7 +10,7 @@ use proto::agent::step::Action;
 use proto::agent::{
     AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, Nic, PowerState, Step, WatchRequest,
 };
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
 use crate::{Agent, AgentError};
@@ -21,11 +21,12 @@ pub(crate) struct Obedient {
     host: Uuid,
     open: watch::Sender<bool>,
     begun: watch::Sender<usize>,
+    domains: broadcast::Sender<DomainState>,
 }
 
 impl Obedient {
     pub(crate) fn new(host: Uuid) -> Self {
-        Self { host, open: watch::Sender::new(true), begun: watch::Sender::new(0) }
+        Self { host, open: watch::Sender::new(true), begun: watch::Sender::new(0), domains: broadcast::Sender::new(8) }
     }
 
     /// Steps wait from now on.
@@ -36,6 +37,11 @@ impl Obedient {
     /// Steps that wait go on.
     pub(crate) fn release(&self) {
         self.open.send_replace(true);
+    }
+
+    /// Tells of a domain.
+    pub(crate) fn tell(&self, domain: DomainState) {
+        self.domains.send(domain).expect("nobody watches");
     }
 
     /// Waits until so many steps have been asked for.
@@ -79,6 +85,9 @@ impl Agent for Obedient {
             tokio::time::sleep(Duration::from_millis(500)).await;
             Some((event(Event::Beat(Beat { memory_free: MEMORY, memory_total: MEMORY })), ()))
         });
-        Ok(all.chain(beats).boxed())
+        let domains = futures::stream::unfold(self.domains.subscribe(), move |mut domains| async move {
+            domains.recv().await.ok().map(|domain| (event(Event::Domain(domain)), domains))
+        });
+        Ok(all.chain(futures::stream::select(beats, domains)).boxed())
     }
 }

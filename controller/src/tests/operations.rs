@@ -1,8 +1,9 @@
 //! Whoever stops waiting for an operation does not stop the operation.
 
-use datamodel::enums::VmPowerState;
+use datamodel::enums::{VmOperations, VmPowerState};
 use datamodel::fields::vm;
 use datamodel::{ClassKind, Input, Operation, Ref, Task, Vm};
+use proto::agent::{DomainState, PowerState};
 
 use super::{Pool, caller, reference, text};
 use crate::call::{Request, Transport};
@@ -52,4 +53,41 @@ async fn a_cancelled_task_leaves_no_operation_behind() {
     pool.agent.release();
     settled(&pool, this).await;
     assert!(pool.row(Vm::ID, this.opaque()).await.unwrap().get(vm::ALLOWED_OPERATIONS).len() > 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_ends_while_it_is_being_started_is_not_shown_running() {
+    let pool = Pool::start().await;
+    let this = pool.vm("short-lived").await;
+    let uuid = pool.row(Vm::ID, this.opaque()).await.unwrap().uuid().to_owned();
+    pool.agent.hold();
+    let waits = async {
+        pool.agent.asked(1).await;
+        let ended = DomainState { vm: uuid, state: PowerState::Halted.into(), domid: -1, ..DomainState::default() };
+        pool.agent.tell(ended);
+        // The master has heard of it before the start is recorded.
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        pool.agent.release();
+    };
+    let (started, ()) = tokio::join!(pool.ask("VM.start", start_arguments(this)), waits);
+    started.unwrap();
+    pool.until(|state| state.row(this).unwrap().get(vm::POWER_STATE) == VmPowerState::Halted).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_that_nobody_has_in_hand_is_finished_by_the_master_in_office() {
+    use datamodel::fields::operation;
+    let pool = Pool::start().await;
+    let this = pool.vm("left behind").await;
+    let host = pool.store().state().all::<datamodel::Host>().next().unwrap().typed::<datamodel::Host>();
+    // As a call leaves it whose proof of the lead came too late.
+    pool.commit(|change| {
+        let row = raft_store::NewRow::new(Ref::<Operation>::new(uuid::Uuid::new_v4()), uuid::Uuid::new_v4())
+            .with(operation::VERB, "start".to_owned())
+            .with(operation::VM, this)
+            .with(operation::HOST, host);
+        change.insert(row).put(this, vm::CURRENT_OPERATIONS, Ref::<Task>::NULL.to_string(), VmOperations::Start);
+    })
+    .await;
+    settled(&pool, this).await;
 }

@@ -174,14 +174,28 @@ fn a_crash_leaves_whole_batches_from_the_first_on_and_all_that_were_synced() {
 
 struct Builder(fn() -> (Arc<dyn Engine>, Option<tempfile::TempDir>));
 
-impl StoreBuilder<Config, LogStore, StateMachine, Option<tempfile::TempDir>> for Builder {
-    async fn build(&self) -> Result<(Option<tempfile::TempDir>, LogStore, StateMachine), StorageError<Config>> {
+/// Ends the writer before its database goes.
+struct Open {
+    writer: Arc<Writer>,
+    _dir: Option<tempfile::TempDir>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.writer.stop();
+    }
+}
+
+impl StoreBuilder<Config, LogStore, StateMachine, Open> for Builder {
+    async fn build(&self) -> Result<(Open, LogStore, StateMachine), StorageError<Config>> {
         let (engine, dir) = (self.0)();
         let disk = Disk::new(engine);
         let stored = disk.load().unwrap();
         let writer = Arc::new(Writer::start(disk.engine()).unwrap());
         let log = LogStore::open(disk, Arc::clone(&writer), None).unwrap();
-        Ok((dir, log, StateMachine(Arc::new(Machine::new(stored, crate::state::History::default(), writer, None)))))
+        let history = crate::state::History::default();
+        let machine = StateMachine(Arc::new(Machine::new(stored, history, Arc::clone(&writer), None)));
+        Ok((Open { writer, _dir: dir }, log, machine))
     }
 }
 
