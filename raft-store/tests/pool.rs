@@ -185,6 +185,50 @@ async fn a_node_whose_log_was_purged_away_catches_up_by_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_lost_what_it_acknowledged_is_part_of_no_majority_until_it_has_it_again() {
+    let mut pool = Pool::start(3).await;
+    let leader = pool.leader().await;
+    let (damaged, away) = ((leader + 1) % 3, (leader + 2) % 3);
+    pool.kill(away).await;
+    for number in 0..50 {
+        let (transaction, _) = insert(&format!("acknowledged by two: {number}"));
+        pool.commit(transaction).await;
+    }
+    pool.kill(damaged).await;
+    pool.kill(leader).await;
+    let files = std::fs::read_dir(pool.dirs[damaged].path()).unwrap().map(|file| file.unwrap().path());
+    let log = files.filter(|file| file.extension().is_some_and(|ending| ending == "log")).max().unwrap();
+    let log = std::fs::OpenOptions::new().write(true).open(log).unwrap();
+    // As a crash would leave it that had torn the last write, but for what was acknowledged.
+    log.set_len(log.metadata().unwrap().len() / 2).unwrap();
+
+    // Two of three, and neither has what the third acknowledged with one of them.
+    pool.boot(damaged).await;
+    pool.boot(away).await;
+    assert!(pool.store(damaged).is_fenced());
+    let watched = Instant::now();
+    while watched.elapsed() < Duration::from_secs(2) {
+        for index in [damaged, away] {
+            let leads = matches!(*pool.store(index).leadership().borrow(), Leadership::Leader { .. });
+            assert!(!leads, "a leader without what was acknowledged");
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    pool.boot(leader).await;
+    let start = Instant::now();
+    while pool.store(damaged).is_fenced() {
+        assert!(start.elapsed() < Duration::from_secs(10), "it is not sent what it lost");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(pool.store(damaged).state().count(kept_class()), 50);
+    pool.kill(away).await;
+    let (transaction, _) = insert("acknowledged by the one that was damaged");
+    pool.commit(transaction).await;
+    pool.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn changes_collapse_and_conflicts_have_no_effect_and_a_repeated_transaction_is_applied_once() {
     let pool = Pool::start(1).await;
     let store = pool.store(pool.leader().await);
