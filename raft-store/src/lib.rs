@@ -22,7 +22,7 @@ mod transaction;
 mod types;
 
 pub use codec::DecodeError;
-pub use disk::{Column, DiskChange, Engine, KeyValue, Memory, OpenError};
+pub use disk::{Column, DiskChange, Engine, KeyValue, Memory, OpenError, is_of_a_database};
 pub use export::{decode_rows, encode_rows};
 pub use leadership::Leadership;
 pub use membership::Progress;

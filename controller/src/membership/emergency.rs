@@ -182,7 +182,8 @@ async fn begin_anew(shared: &Arc<Shared>) -> Served<()> {
     }
     let state = shared.store.state();
     expect_no_ha(&state)?;
-    if !state.all::<MemberRow>().any(|row| node_id(row) == shared.store.node_id()) {
+    let knows_itself = state.all::<MemberRow>().any(|row| node_id(row) == shared.store.node_id());
+    if shared.store.is_fenced() || !knows_itself {
         return refuse(errors::operation_not_allowed("This host has no copy of the pool's database"));
     }
     let surroundings = shared.surroundings()?;

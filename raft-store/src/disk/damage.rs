@@ -17,6 +17,14 @@ use crate::fence::{self, Fence};
 /// Where a damaged database is kept, for who wants to look at it; the next one takes its place.
 const ASIDE: &str = "damaged";
 
+/// Whether a file of that name, in the folder of a database, is the database's: the folder may hold other things, too.
+#[must_use]
+pub fn is_of_a_database(name: &str) -> bool {
+    matches!(name, "CURRENT" | "IDENTITY" | "LOCK" | "LOG" | promises::FILE | fence::FILE)
+        || ["MANIFEST-", "OPTIONS-", "LOG.old"].iter().any(|start| name.starts_with(start))
+        || [".sst", ".log", ".dbtmp", ".blob"].iter().any(|end| name.ends_with(end))
+}
+
 /// A database that was opened, and the fence around it.
 pub(crate) struct Opened {
     pub(crate) disk: Disk,
@@ -74,9 +82,9 @@ fn whole(dir: &Path) -> Result<(Disk, Stored), OpenError> {
 /// Moves the database's files out of the way. Broken off, it goes on where it was: the fence says that it must.
 fn put_aside(dir: &Path) -> io::Result<()> {
     let aside = dir.join(ASIDE);
-    let known = [ASIDE, fence::FILE];
     let files: Vec<_> = std::fs::read_dir(dir)?.collect::<Result<_, _>>()?;
-    let files: Vec<_> = files.into_iter().filter(|file| known.iter().all(|known| file.file_name() != *known)).collect();
+    let ours = |name: std::ffi::OsString| name != fence::FILE && name.to_str().is_some_and(is_of_a_database);
+    let files: Vec<_> = files.into_iter().filter(|file| ours(file.file_name())).collect();
     // Of a database that is being moved already, more than the rest is there.
     if files.iter().any(|file| file.file_name() == promises::FILE) && aside.exists() {
         std::fs::remove_dir_all(&aside)?;

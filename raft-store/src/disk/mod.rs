@@ -16,6 +16,7 @@ mod promises;
 mod rocks;
 mod writer;
 
+pub use damage::is_of_a_database;
 pub(crate) use damage::{Opened, open};
 pub(crate) use engine::Change;
 pub use engine::{Change as DiskChange, Column, Engine, KeyValue};

@@ -108,7 +108,7 @@ impl Seats {
                 taken != Some(path.as_path())
             } else {
                 // A first seat whose certificates were replaced keeps its database where it is.
-                taken.is_some_and(|place| !place.join("db").is_symlink()) && of_the_database(&name)
+                taken.is_some_and(|place| !place.join("db").is_symlink()) && raft_store::is_of_a_database(&name)
             };
             if !left {
                 continue;
@@ -185,13 +185,6 @@ impl Seats {
     }
 }
 
-/// The files of RocksDB, by their names.
-fn of_the_database(name: &str) -> bool {
-    matches!(name, "CURRENT" | "IDENTITY" | "LOCK" | "LOG")
-        || ["MANIFEST-", "OPTIONS-", "LOG.old"].iter().any(|start| name.starts_with(start))
-        || [".sst", ".log", ".dbtmp", ".blob"].iter().any(|end| name.ends_with(end))
-}
-
 fn private_dir(path: &Path) -> io::Result<()> {
     std::fs::DirBuilder::new().mode(0o700).create(path)
 }
@@ -240,6 +233,26 @@ mod tests {
             identity: Issued { certificate: "certificate".into(), key: "key".into() },
             alone: None,
         }
+    }
+
+    #[test]
+    fn certificates_are_replaced_where_the_host_is_and_its_database_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("CURRENT"), "the database").unwrap();
+        let seats = Seats::new(dir.path());
+        seats.has(&seat(7));
+        for round in 0..3 {
+            seats.replace(&format!("ca {round}"), &format!("certificate {round}")).unwrap();
+            let (database, now) = Seats::new(dir.path()).current().unwrap().unwrap();
+            assert_eq!((now.node_id, now.ca), (7, format!("ca {round}")));
+            assert_eq!((now.identity.certificate, now.identity.key.as_str()), (format!("certificate {round}"), "key"));
+            assert_eq!(std::fs::read_to_string(database.join("CURRENT")).unwrap(), "the database");
+        }
+        // Another seat leaves that database behind.
+        let place = seats.make().unwrap();
+        seats.furnish(&place, &seat(9)).unwrap();
+        seats.current().unwrap();
+        assert!(!dir.path().join("CURRENT").exists());
     }
 
     #[test]
