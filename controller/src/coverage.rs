@@ -4,10 +4,14 @@ use std::fmt::Write as _;
 
 use datamodel::{Lifecycle, MessageDef, model};
 
+use crate::membership::emergency;
 use crate::{api, events};
 
 fn implemented(message: &MessageDef) -> bool {
-    message.implicit.is_some() || api::handler(message.full_name).is_some() || events::serves(message)
+    message.implicit.is_some()
+        || api::handler(message.full_name).is_some()
+        || events::serves(message)
+        || emergency::serves(message.full_name)
 }
 
 /// The text of `docs/api-coverage.md`.

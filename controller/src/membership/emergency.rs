@@ -57,21 +57,24 @@ impl LocalSessions {
     }
 }
 
+/// Whether a host answers this by itself, master or not.
+pub(crate) fn serves(name: &str) -> bool {
+    matches!(
+        name,
+        "session.slave_local_login_with_password"
+            | "session.slave_local_login"
+            | "host.is_in_emergency_mode"
+            | "pool.emergency_transition_to_master"
+            | "pool.emergency_reset_master"
+    )
+}
+
 /// Answers what a host answers by itself, master or not; none for all the rest.
 pub(crate) async fn serve(shared: &Arc<Shared>, request: &Request) -> Option<Result<Reply, Refusal>> {
     let message = model().message(&request.method)?;
     let name = message.full_name;
     let logout = name == "session.local_logout";
-    if !logout
-        && !matches!(
-            name,
-            "session.slave_local_login_with_password"
-                | "session.slave_local_login"
-                | "host.is_in_emergency_mode"
-                | "pool.emergency_transition_to_master"
-                | "pool.emergency_reset_master"
-        )
-    {
+    if !logout && !serves(name) {
         return None;
     }
     let given = match arguments(message, request.params.clone()) {
