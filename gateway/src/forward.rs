@@ -13,6 +13,8 @@ use proto::forward::forward_client::ForwardClient as Client;
 use proto::forward::forward_server::{Forward, ForwardServer};
 use proto::forward::{AnswerPart, ForwardedCall, forwarded_call};
 use raft_store::{Member, PeerTls};
+use tokio::runtime::Handle;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
@@ -123,17 +125,19 @@ fn lost(status: &Status) -> Lost {
     Lost::Unknown(status.to_string())
 }
 
-/// The receiving side: to be mounted on the peers' listener.
+/// The receiving side: to be mounted on the peers' listener. Calls are answered on the runtime that this is called on,
+/// whichever the listener has: they must not stand in consensus' way.
 #[must_use]
 pub fn forward_service(calls: Arc<dyn Calls>) -> ForwardServer<impl Forward> {
     let server = Server { calls, forward: ForwardClient::none() };
-    ForwardServer::new(Receiver { server: Arc::new(server) })
+    ForwardServer::new(Receiver { server: Arc::new(server), runtime: Handle::current() })
         .max_decoding_message_size(LARGEST_MESSAGE)
         .max_encoding_message_size(LARGEST_MESSAGE)
 }
 
 struct Receiver {
     server: Arc<Server>,
+    runtime: Handle,
 }
 
 #[tonic::async_trait]
@@ -155,7 +159,11 @@ impl Forward for Receiver {
             forwarded: true,
             idempotency_key: Some(call.idempotency_key).filter(|key| !key.is_empty()),
         };
-        let answer = self.server.answer(protocol, call.body, caller).await;
+        let server = Arc::clone(&self.server);
+        let answering = self.runtime.spawn(async move { server.answer(protocol, call.body, caller).await });
+        // Who asked may go away: then nobody waits for the answer.
+        let answer =
+            AbortOnDropHandle::new(answering).await.map_err(|_| Status::internal("the call was broken off"))?;
         match answer.status {
             MISDIRECTED => return Err(Status::failed_precondition("this member is not the master")),
             BEGUN => return Err(Status::aborted("this member is the master no more")),

@@ -22,6 +22,7 @@ use controller::{
 };
 use gateway::{Calls, ForwardClient, Gateway, GatewayConfig, HttpsAbroad, TlsFiles, forward_service};
 use raft_store::{PeerTls, Store, StoreConfig};
+use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +30,7 @@ use tonic::transport::Server;
 use tonic::transport::server::{Router, TcpIncoming};
 
 use super::seat::Seats;
-use super::{on_runtime, room, signals};
+use super::{RUNTIME_LIMIT, consensus_runtime, on_runtime, room, signals};
 use crate::cli::Daemon;
 use crate::config::{self, ControllerConfig, Member};
 use crate::telemetry;
@@ -59,14 +60,17 @@ pub fn controller(flags: &Daemon) -> anyhow::Result<()> {
         eprintln!("{} is in order", flags.config.display());
         return Ok(());
     }
+    let consensus = consensus_runtime()?;
     let ended = on_runtime(async {
         let host = config.host_uuid.to_string();
         let telemetry = telemetry::start("xenith-controller", &host, &config.log, flags.log_format, &config.traces)?;
         let ending = signals::until_told_to_end()?;
-        let outcome = serve(config, ending).await;
+        let outcome = serve(config, ending, consensus.handle()).await;
         telemetry.finish();
         outcome
-    })?;
+    });
+    consensus.shutdown_timeout(RUNTIME_LIMIT);
+    let ended = ended?;
     match ended {
         Ended::Told => Ok(()),
         Ended::ForAnotherSeat => begin_again(),
@@ -147,7 +151,7 @@ fn this(config: &ControllerConfig) -> Option<&Member> {
     config.founding.iter().flat_map(|founding| &founding.members).find(|member| member.host_uuid == config.host_uuid)
 }
 
-async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::Result<Ended> {
+async fn serve(config: ControllerConfig, ending: CancellationToken, consensus: &Handle) -> anyhow::Result<Ended> {
     let seats = Seats::new(&config.data_dir);
     let place = Place::of(&config, &seats)?;
     let tls = place.tls.clone();
@@ -155,7 +159,7 @@ async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::R
         enough = room::wait(&place.database) => enough?,
         () = ending.cancelled() => return Ok(Ended::Told),
     }
-    let store = open_store(&config, &place).await?;
+    let store = open_store(&config, &place, consensus).await?;
     // The parts end after the handover, so they have a token of their own.
     let stopping = CancellationToken::new();
     let agents = Agents::grpc(tls.clone());
@@ -168,7 +172,10 @@ async fn serve(config: ControllerConfig, ending: CancellationToken) -> anyhow::R
     let calls: Arc<dyn Calls> = Arc::new(controller.clone());
     let forwarded = forward_service(Arc::clone(&calls));
     let services = |server: &mut Server| server.add_service(store.service()).add_service(forwarded);
-    let mut peers = serve_peers(config.peers.listen, &tls, services)?;
+    let mut peers = {
+        let _entered = consensus.enter();
+        serve_peers(config.peers.listen, &tls, services)?
+    };
     if let Some(founding) = place.founding.as_ref().filter(|founding| founding.initialize) {
         let members: Vec<_> = founding.members.iter().filter(|member| member.replica).map(store_member).collect();
         store.initialize(&members).await.context("cannot start consensus")?;
@@ -235,7 +242,8 @@ fn gateway_config(config: &ControllerConfig) -> GatewayConfig {
     }
 }
 
-async fn open_store(config: &ControllerConfig, place: &Place) -> anyhow::Result<Store> {
+/// Opens the store where all of its tasks will run.
+async fn open_store(config: &ControllerConfig, place: &Place, consensus: &Handle) -> anyhow::Result<Store> {
     let raft = &config.raft;
     let settings = StoreConfig {
         heartbeat: Duration::from_millis(raft.heartbeat_ms),
@@ -244,7 +252,8 @@ async fn open_store(config: &ControllerConfig, place: &Place) -> anyhow::Result<
         keep_entries: raft.keep_entries,
         ..StoreConfig::new(place.database.clone(), place.node_id, place.tls.clone())
     };
-    Store::open(settings).await.with_context(|| format!("cannot open the database in {}", place.database.display()))
+    let opened = consensus.spawn(Store::open(settings)).await.context("the database was not opened to the end")?;
+    opened.with_context(|| format!("cannot open the database in {}", place.database.display()))
 }
 
 /// What the founding hosts start with; a host of a pool that is there already has no use for it.

@@ -18,6 +18,19 @@ pub use witness::witness;
 /// How long tasks may take to end after the last of them was told to.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
 
+/// Threads that do nothing but consensus: however many clients there are, the kernel gives these their turn, and a
+/// heartbeat, a vote or a commit never waits behind a queue of readers.
+const CONSENSUS_THREADS: usize = 2;
+
+fn consensus_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONSENSUS_THREADS)
+        .thread_name("consensus")
+        .enable_all()
+        .build()
+        .context("cannot start the runtime of consensus")
+}
+
 fn on_runtime<T>(daemon: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?;
