@@ -56,6 +56,9 @@ async fn stop_and_go_on(pause: Duration) {
     load.settle(&lab).await.unwrap();
 }
 
+/// So many that some are read before it hears of anything else when it wakes.
+const SLEEPERS: usize = 64;
+
 /// Calls that reach a master while it sleeps, on connections from before.
 struct Questions {
     clients: Vec<Client>,
@@ -66,7 +69,7 @@ struct Questions {
 impl Questions {
     async fn prepare(lab: &Lab, client: &Client, master: &str, vm: &str) -> Self {
         let sleeper = lab.made().host(master).unwrap().endpoint().unwrap();
-        let mut clients: Vec<_> = (0..6).map(|_| client.only_at(&sleeper)).collect();
+        let mut clients: Vec<_> = (0..SLEEPERS).map(|_| client.only_at(&sleeper)).collect();
         for client in &mut clients {
             let parameters = json!([client.session(), vm]);
             client.plain("VM.get_name_label", &parameters).await.unwrap();

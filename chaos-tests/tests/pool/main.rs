@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may take a failure for what it is")]
 
 mod continuity;
-mod durability;
 mod events;
 mod lab;
 mod mastership;
