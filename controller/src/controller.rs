@@ -12,7 +12,8 @@ use crate::agent::Agents;
 use crate::call::{Refusal, Reply, Request};
 use crate::clock::Clock;
 use crate::first_boot::Guest;
-use crate::{dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
+use crate::handlers::{self, Declined, Inquiry, Opened};
+use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
 
 /// What a controller is told when it starts.
 #[derive(Clone)]
@@ -44,6 +45,8 @@ pub(crate) struct Shared {
     pub(crate) agents: Agents,
     pub(crate) sessions: sessions::Activity,
     pub(crate) tasks: tasks::Running,
+    /// Held while the database is being restored.
+    pub(crate) restoring: tokio::sync::Mutex<()>,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -86,6 +89,7 @@ impl Controller {
             agents,
             sessions: sessions::Activity::default(),
             tasks: tasks::Running::default(),
+            restoring: tokio::sync::Mutex::default(),
             shutdown,
         };
         Self { shared: Arc::new(shared) }
@@ -97,6 +101,14 @@ impl Controller {
     /// [`Refusal`].
     pub async fn call(&self, request: Request) -> Result<Reply, Refusal> {
         dispatch::call(&self.shared, request).await
+    }
+
+    /// Serves an HTTP request that is no call, or says who can.
+    ///
+    /// # Errors
+    /// [`Declined`].
+    pub async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {
+        handlers::open(&self.shared, inquiry).await
     }
 
     /// Waits until this host knows of another master than that member, itself included, or of none for so long that
@@ -170,6 +182,7 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
     }
     shared.sessions.forget();
     tokio::join!(
+        backup::forget_stages(shared),
         reconcile::run(shared, epoch, term.clone()),
         operations::adopt(shared, epoch),
         sessions::collect(shared),

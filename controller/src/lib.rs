@@ -2,6 +2,7 @@
 
 mod agent;
 mod api;
+mod backup;
 mod call;
 pub mod certificates;
 mod clock;
@@ -11,6 +12,7 @@ mod dispatch;
 mod events;
 mod failure;
 mod first_boot;
+mod handlers;
 mod implicit;
 mod lifecycle;
 mod operations;
@@ -27,5 +29,6 @@ pub use agent::{Agent, AgentError, Agents};
 pub use call::{Caller, Event, EventBatch, Refusal, Reply, Request, Transport};
 pub use clock::{Clock, SystemClock};
 pub use controller::{Controller, ControllerConfig};
+pub use handlers::{ByteStream, Credentials, Declined, HANDLERS, Handler, Inquiry, Opened, Verb};
 pub use first_boot::{Guest, InitialMember};
 pub use repeats::OWN_KEY;

@@ -44,6 +44,8 @@ pub(crate) type Outcome = Result<LogIndex, Conflict>;
 pub struct State {
     /// The last entry in it.
     pub applied: LogIndex,
+    /// The newest format that an entry was written in.
+    pub(crate) format: u32,
     pub(crate) clock: Timestamp,
     pub(crate) tables: Vec<Arc<Table>>,
     pub(crate) changes: OrdMap<ChangeKey, ()>,
@@ -83,6 +85,7 @@ impl Default for State {
     fn default() -> Self {
         Self {
             applied: LogIndex(0),
+            format: crate::format::OLDEST,
             clock: Timestamp::EPOCH,
             tables: model().classes().iter().map(|_| Arc::new(Table::default())).collect(),
             changes: OrdMap::new(),

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::disk::{Disk, OpenError, Writer};
+use crate::format::{self, Formats, NEWEST, OLDEST, TooNew};
 use crate::leadership::{self, Leadership};
 use crate::log::LogStore;
 use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
@@ -44,6 +45,9 @@ pub struct StoreConfig {
     pub keep_entries: u64,
     /// A commit whose fate is not known after this long is answered so.
     pub commit_limit: Duration,
+    /// The newest format that is read, if that is not to be this version's: then this node is as one of the version
+    /// that had it, which is what tests of mixed versions need.
+    pub reads: Option<u32>,
 }
 
 impl StoreConfig {
@@ -59,6 +63,7 @@ impl StoreConfig {
             snapshot_every: 20_000,
             keep_entries: 10_000,
             commit_limit: Duration::from_secs(10),
+            reads: None,
         }
     }
 }
@@ -107,6 +112,9 @@ pub enum CommitError {
     /// The queue is full.
     #[error("too many commits are waiting")]
     Overloaded,
+    /// It takes a format that not every member reads yet.
+    #[error("it takes format {0}, which not every member reads yet")]
+    NotYet(u32),
 }
 
 /// A member of the pool's replicated state.
@@ -140,10 +148,11 @@ impl Store {
         std::fs::create_dir_all(&config.dir)
             .map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
         let dir = config.dir.clone();
+        let reads = config.reads.unwrap_or(NEWEST).clamp(OLDEST, NEWEST);
         let consensus = |error: std::io::Error| OpenError::Consensus(error.to_string());
         let (disk, stored) = tokio::task::spawn_blocking(move || {
             let disk = Disk::open(&dir)?;
-            let stored = disk.load()?;
+            let stored = disk.load(reads)?;
             Ok::<_, OpenError>((disk, stored))
         })
         .await
@@ -152,12 +161,13 @@ impl Store {
         let log = LogStore::open(disk, Arc::clone(&writer)).map_err(consensus)?;
         let machine = Arc::new(Machine::new(stored, Arc::clone(&writer)));
         let raft_config = Arc::new(raft_config(&config)?);
-        let network = PeerFactory { tls: config.tls.clone() };
+        let formats = Formats::new(reads, Arc::clone(&machine));
+        let network = PeerFactory { tls: config.tls.clone(), formats: formats.clone() };
         let raft = Raft::new(config.node_id, raft_config, network, log, StateMachine(Arc::clone(&machine)))
             .await
             .map_err(|error| OpenError::Consensus(error.to_string()))?;
         let heard = Heard::new();
-        let service = PeerService { raft: Arc::new(OnceLock::new()), heard: heard.clone() };
+        let service = PeerService { raft: Arc::new(OnceLock::new()), heard: heard.clone(), formats: formats.clone() };
         let _ = service.raft.set(raft.clone());
 
         let mut tasks = JoinSet::new();
@@ -172,7 +182,8 @@ impl Store {
             leading,
         ));
         let (proposals, queue) = mpsc::channel(WAITING_COMMITS);
-        tasks.spawn(proposer::run(raft.clone(), machine.office.subscribe(), queue));
+        tasks.spawn(proposer::run(raft.clone(), Arc::clone(&machine), queue));
+        tasks.spawn(format::raise(config.node_id, raft.clone(), formats));
         tasks.spawn(persist(Arc::clone(&machine)));
         let commit_limit = config.commit_limit;
         let shared = Shared {
@@ -257,10 +268,11 @@ impl Store {
     ///
     /// # Errors
     /// [`CommitError`].
-    pub async fn commit(&self, transaction: Transaction) -> Result<LogIndex, CommitError> {
+    pub async fn commit(&self, mut transaction: Transaction) -> Result<LogIndex, CommitError> {
         if !matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. }) {
             return Err(self.not_leader().into());
         }
+        format::fit(&mut transaction, self.state().format).map_err(|TooNew(format)| CommitError::NotYet(format))?;
         let deadline = Instant::now() + self.shared.commit_limit;
         let id = transaction.id();
         let (answer, outcome) = oneshot::channel();
@@ -297,6 +309,12 @@ impl Store {
     #[must_use]
     pub fn leadership(&self) -> watch::Receiver<Leadership> {
         self.shared.leadership.clone()
+    }
+
+    /// The format that the pool writes: the newest that all its members have read at some time.
+    #[must_use]
+    pub fn format(&self) -> u32 {
+        self.state().format
     }
 
     /// Every member, voters and learners.

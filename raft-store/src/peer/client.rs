@@ -20,6 +20,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 use super::snapshot;
 use crate::disk::OpenError;
+use crate::format::{Formats, OLDEST};
 use crate::machine::StateSnapshot;
 use crate::record;
 use crate::types::{Config, PeerNode, Snapshot, Vote};
@@ -89,6 +90,7 @@ impl std::fmt::Debug for PeerTls {
 /// Makes the connections.
 pub(crate) struct PeerFactory {
     pub(crate) tls: PeerTls,
+    pub(crate) formats: Formats,
 }
 
 impl RaftNetworkFactory<Config> for PeerFactory {
@@ -104,7 +106,7 @@ impl RaftNetworkFactory<Config> for PeerFactory {
                 .max_decoding_message_size(LARGEST_MESSAGE)
                 .max_encoding_message_size(LARGEST_MESSAGE)
         });
-        Peer { target, client, failures: 0 }
+        Peer { target, client, formats: self.formats.clone(), failures: 0 }
     }
 }
 
@@ -112,6 +114,7 @@ impl RaftNetworkFactory<Config> for PeerFactory {
 pub(crate) struct Peer {
     target: u64,
     client: Option<RaftClient<Channel>>,
+    formats: Formats,
     /// Streams that did not come about, in a row.
     failures: u32,
 }
@@ -132,6 +135,23 @@ fn failed(status: &tonic::Status) -> Rpc {
 impl Peer {
     fn client(&self) -> Result<RaftClient<Channel>, Rpc> {
         self.client.clone().ok_or_else(|| unreachable("no channel"))
+    }
+
+    /// Asks what the member reads. It gets nothing that it does not read.
+    async fn agree(&self, client: &mut RaftClient<Channel>) -> Result<(), Rpc> {
+        let question = wire::FormatsRequest { writes: self.formats.level() };
+        let asked = async {
+            match client.formats(question).await {
+                Ok(reply) => Ok(reply.into_inner().reads),
+                Err(status) if status.code() == tonic::Code::Unimplemented => Ok(OLDEST),
+                Err(status) => Err(status),
+            }
+        };
+        let reads = self.limited(RPCTypes::AppendEntries, CONNECT_LIMIT, asked).await?;
+        if self.formats.heard(self.target, reads) {
+            return Ok(());
+        }
+        Err(unreachable("it does not read the pool's format"))
     }
 
     async fn limited<T>(
@@ -195,6 +215,9 @@ impl RaftNetworkV2<Config> for Peer {
     ) -> Result<AppendEntriesResponse<Config>, Rpc> {
         let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
         let mut client = self.client()?;
+        if !self.formats.suits(self.target) {
+            self.agree(&mut client).await?;
+        }
         let request = futures::stream::iter([append_to_wire(&rpc)]);
         let call = async move {
             let mut replies = client.append(request).await?.into_inner();
@@ -222,7 +245,11 @@ impl RaftNetworkV2<Config> for Peer {
             let requests = input.map(|request| append_to_wire(&request));
             // The head of the answer comes at once; how long each reply takes is openraft's to judge.
             let limit = option.hard_ttl().max(CONNECT_LIMIT);
-            let replies = match self.limited(RPCTypes::AppendEntries, limit, client.append(requests)).await {
+            let begun = async {
+                self.agree(&mut client.clone()).await?;
+                self.limited(RPCTypes::AppendEntries, limit, client.append(requests)).await
+            };
+            let replies = match begun.await {
                 Ok(replies) => replies.into_inner(),
                 Err(error) => {
                     // openraft waits only where it is asked for entries, and a connection that is refused never
@@ -255,6 +282,7 @@ impl RaftNetworkV2<Config> for Peer {
         option: RPCOption,
     ) -> Result<SnapshotResponse<Config>, StreamingError<Config>> {
         let mut client = self.client()?;
+        self.agree(&mut client).await?;
         tracing::info!(target = self.target, index = snapshot.snapshot.0.applied.0, "sending a snapshot");
         let frames = snapshot::frames(vote, snapshot);
         let limit = option.hard_ttl().max(Duration::from_secs(120));

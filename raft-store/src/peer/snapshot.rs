@@ -9,8 +9,9 @@ use prost::Message;
 use proto::raft as wire;
 use proto::raft::snapshot_frame::Frame;
 
-use crate::codec::{DecodeError, FORMAT, outcome_to_wire, row_to_wire};
+use crate::codec::{DecodeError, outcome_to_wire, row_to_wire};
 use crate::disk::RowLoader;
+use crate::format::readable;
 use crate::machine::{StateSnapshot, head, tombstone_to_wire};
 use crate::record;
 use crate::row::LogIndex;
@@ -31,7 +32,7 @@ fn send(vote: Vote, snapshot: &Snapshot, frames: &tokio::sync::mpsc::Sender<wire
     let state = &snapshot.snapshot.0;
     let put = |frame: Frame| frames.blocking_send(wire::SnapshotFrame { frame: Some(frame) }).is_ok();
     let header = wire::SnapshotHeader {
-        format: FORMAT,
+        format: state.format,
         vote: Some(record::vote_to_wire(&vote)),
         last: snapshot.meta.last_log_id.as_ref().map(record::log_id_to_wire),
         membership: Some(record::stored_membership_to_wire(&snapshot.meta.last_membership)),
@@ -89,8 +90,8 @@ impl Checksum {
 }
 
 /// A snapshot that is arriving.
-#[derive(Default)]
 pub(crate) struct Assembly {
+    reads: u32,
     header: Option<wire::SnapshotHeader>,
     state: State,
     rows: u64,
@@ -99,10 +100,23 @@ pub(crate) struct Assembly {
 }
 
 impl Assembly {
+    pub(crate) fn new(reads: u32) -> Self {
+        Self {
+            reads,
+            header: None,
+            state: State::default(),
+            rows: 0,
+            checksum: Checksum::default(),
+            complete: false,
+        }
+    }
+
     pub(crate) fn add(&mut self, frame: wire::SnapshotFrame) -> Result<(), DecodeError> {
         match frame.frame.ok_or(DecodeError::BadValue)? {
-            Frame::Header(header) if header.format > FORMAT => return Err(DecodeError::NewerFormat(header.format)),
-            Frame::Header(header) => self.header = Some(header),
+            Frame::Header(header) => {
+                self.state.format = readable(header.format, self.reads)?;
+                self.header = Some(header);
+            }
             Frame::Rows(batch) => {
                 let mut loader = RowLoader { state: &mut self.state };
                 for row in batch.rows {
