@@ -29,6 +29,6 @@ pub use agent::{Agent, AgentError, Agents};
 pub use call::{Caller, Event, EventBatch, Refusal, Reply, Request, Transport};
 pub use clock::{Clock, SystemClock};
 pub use controller::{Controller, ControllerConfig};
-pub use handlers::{ByteStream, Credentials, Declined, HANDLERS, Handler, Inquiry, Opened, Verb};
 pub use first_boot::{Guest, InitialMember};
+pub use handlers::{ByteStream, Credentials, Declined, HANDLERS, Handler, Inquiry, Opened, Verb};
 pub use repeats::OWN_KEY;

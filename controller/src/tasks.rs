@@ -50,6 +50,12 @@ impl Running {
         self.tokens.lock().remove(&task);
     }
 
+    /// As if the process that ran it had ended.
+    #[cfg(test)]
+    pub(crate) fn forget(&self, task: Ref<Task>) {
+        self.end(task);
+    }
+
     pub(crate) fn runs(&self, task: Ref<Task>) -> bool {
         self.tokens.lock().contains_key(&task)
     }
@@ -270,12 +276,7 @@ pub(crate) fn finish_transfer(
 }
 
 /// Ends the task of a request that is not served, for who waits for it.
-pub(crate) async fn refuse_transfer(
-    shared: &Arc<Shared>,
-    state: &State,
-    query: &[(String, String)],
-    error: &ApiError,
-) {
+pub(crate) async fn refuse_transfer(shared: &Arc<Shared>, state: &State, query: &[(String, String)], error: &ApiError) {
     let reference = parameter(query, "task_id").and_then(|text| text.parse().ok()).map(Ref::<Task>::from_opaque);
     let there = reference.filter(|reference| state.row(*reference).is_some());
     end_transfer(shared, there.unwrap_or(Ref::NULL), Err(error)).await;
@@ -304,8 +305,7 @@ pub(crate) async fn fail_orphans(shared: &Arc<Shared>, kept: &[Ref<Task>]) -> Se
     let mut change = shared.transaction();
     for row in state.all::<Task>() {
         let reference = row.typed::<Task>();
-        let ours =
-            row.get(task::NAME_LABEL).starts_with("Async.") || row.get(task::OTHER_CONFIG).contains_key(HANDLED);
+        let ours = row.get(task::NAME_LABEL).starts_with("Async.") || row.get(task::OTHER_CONFIG).contains_key(HANDLED);
         let pending = row.get(task::STATUS) == TaskStatusType::Pending;
         if ours && pending && !kept.contains(&reference) && !shared.tasks.runs(reference) {
             let lost = errors::internal_error("the master that ran this task was lost");

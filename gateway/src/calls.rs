@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use controller::{
-    Caller, Controller, Declined, Event, EventBatch, Inquiry, OWN_KEY, Opened, Refusal, Reply, Request,
-};
+use controller::{Caller, Controller, Declined, Event, EventBatch, Inquiry, OWN_KEY, Opened, Refusal, Reply, Request};
 use datamodel::{ApiError, Value, encode, errors, model};
 use futures::FutureExt;
 use raft_store::Member;

@@ -87,8 +87,11 @@ impl Gateway {
         for address in &config.tls {
             tls_listeners.push(bind(*address).await?);
         }
-        let tls: Vec<SocketAddr> =
-            tls_listeners.iter().zip(&config.tls).map(|(listener, asked)| listener.local_addr().unwrap_or(*asked)).collect();
+        let tls: Vec<SocketAddr> = tls_listeners
+            .iter()
+            .zip(&config.tls)
+            .map(|(listener, asked)| listener.local_addr().unwrap_or(*asked))
+            .collect();
         let site = Arc::new(Site {
             server: Server { calls, forward },
             largest_body: config.largest_body,
@@ -202,11 +205,7 @@ async fn accept_unix(shared: Shared, listener: UnixListener) {
     }
 }
 
-async fn connection(
-    shared: Shared,
-    mut stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    origin: Origin,
-) {
+async fn connection(shared: Shared, mut stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, origin: Origin) {
     let site = Arc::clone(&shared.site);
     let opening = tokio::select! {
         opening = raw::look(&mut stream, LARGEST_HEAD, HEADER_LIMIT) => opening,

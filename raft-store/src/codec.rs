@@ -151,8 +151,7 @@ fn named(class: ClassId, index: u16, value: &Value) -> wire::FieldValue {
 
 /// Transactions as one log payload.
 pub(crate) fn encode_batch(format: u32, transactions: &[Transaction]) -> Bytes {
-    let batch =
-        wire::TransactionBatch { format, transactions: transactions.iter().map(transaction_to_wire).collect() };
+    let batch = wire::TransactionBatch { format, transactions: transactions.iter().map(transaction_to_wire).collect() };
     Bytes::from(batch.encode_to_vec())
 }
 
@@ -314,7 +313,10 @@ fn replacement_to_wire(replacement: &Replacement) -> wire::Replacement {
         keep: replacement
             .keep
             .iter()
-            .map(|(class, reference)| wire::RowName { class: class_name(*class), reference: reference_bytes(*reference) })
+            .map(|(class, reference)| wire::RowName {
+                class: class_name(*class),
+                reference: reference_bytes(*reference),
+            })
             .collect(),
     }
 }

@@ -17,8 +17,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use datamodel::ClassId;
-use openraft::async_runtime::WatchReceiver as _;
 use openraft::EntryPayload;
+use openraft::async_runtime::WatchReceiver as _;
 use parking_lot::Mutex;
 
 use crate::codec::{DecodeError, batch_format, encode_batch};
@@ -64,9 +64,12 @@ pub(crate) struct TooNew(pub(crate) u32);
 /// What the names in a transaction need.
 fn needed(transaction: &Transaction) -> u32 {
     let writes = transaction.writes.iter().map(|write| match write {
-        Write::Insert(class, _, fields) => {
-            fields.iter().map(|(index, _)| field_format(*class, *index)).max().unwrap_or(OLDEST).max(class_format(*class))
-        }
+        Write::Insert(class, _, fields) => fields
+            .iter()
+            .map(|(index, _)| field_format(*class, *index))
+            .max()
+            .unwrap_or(OLDEST)
+            .max(class_format(*class)),
         Write::Set(class, _, field, _)
         | Write::AddToSet(class, _, field, _)
         | Write::RemoveFromSet(class, _, field, _)
@@ -162,7 +165,8 @@ impl Formats {
     /// The newest format that these members all read; none while one has not said.
     fn common(&self, nodes: impl IntoIterator<Item = u64>, this: u64) -> Option<u32> {
         let others = self.others.lock();
-        let reads = nodes.into_iter().map(|node| if node == this { Some(self.reads) } else { others.get(&node).copied() });
+        let reads =
+            nodes.into_iter().map(|node| if node == this { Some(self.reads) } else { others.get(&node).copied() });
         reads.min().flatten()
     }
 }

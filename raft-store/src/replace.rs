@@ -61,8 +61,7 @@ pub(crate) fn prepare(state: &State, transaction: &Transaction) -> Result<Result
         _ => None,
     });
     let Some(replacement) = replacement else { return Ok(Ok(None)) };
-    let mut parts: Vec<_> =
-        state.all::<Staged>().filter(|row| row.get(staged::STAGE) == replacement.stage).collect();
+    let mut parts: Vec<_> = state.all::<Staged>().filter(|row| row.get(staged::STAGE) == replacement.stage).collect();
     parts.sort_by_key(|row| row.get(staged::PLACE));
     let whole = (0..).zip(&parts).all(|(place, row)| row.get(staged::PLACE) == place);
     if !whole || parts.len() as u64 != replacement.parts {
@@ -147,7 +146,8 @@ fn mend_relations(editor: &mut Editor<'_>) {
         }
     }
     for class in model().classes() {
-        let places: Vec<u16> = (0..).zip(&class.fields).map(|(place, _)| place).filter(|place| follows(class.id, *place)).collect();
+        let places: Vec<u16> =
+            (0..).zip(&class.fields).map(|(place, _)| place).filter(|place| follows(class.id, *place)).collect();
         if places.is_empty() {
             continue;
         }

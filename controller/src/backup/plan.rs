@@ -19,8 +19,8 @@ use std::sync::Arc;
 use datamodel::enums::VmPowerState;
 use datamodel::fields::{host, network, pbd, pif, pool, sr, vdi, vm};
 use datamodel::{
-    ApiError, ClassId, ClassKind, Field, FieldValue, Host, Key, Network, OpaqueRef, Pbd, Pif, Pool, Qualifier, Ref,
-    Sr, Value, Vdi, Vm, VmMetrics, errors, model,
+    ApiError, ClassId, ClassKind, Field, FieldValue, Host, Key, Network, OpaqueRef, Pbd, Pif, Pool, Qualifier, Ref, Sr,
+    Value, Vdi, Vm, VmMetrics, errors, model,
 };
 use raft_store::{Row, StagedRow, State};
 
@@ -45,6 +45,12 @@ impl DumpRow {
         let default = || C::ID.def().field_def(field.index()).map(|def| &def.default);
         let found = self.fields.iter().find(|(index, _)| *index == field.index()).map(|(_, value)| value);
         found.or_else(default).and_then(T::from_value).unwrap_or_default()
+    }
+
+    fn power_state(&self) -> VmPowerState {
+        let index = vm::POWER_STATE.index();
+        let found = self.fields.iter().find(|(place, _)| *place == index);
+        found.and_then(|(_, value)| VmPowerState::from_value(value)).unwrap_or(VmPowerState::Halted)
     }
 
     fn typed<C>(&self) -> Ref<C> {
@@ -263,8 +269,8 @@ impl Planning<'_, '_> {
             if let Some(row) = state.row(old.typed::<Vm>()).filter(|row| !row.get(vm::IS_CONTROL_DOMAIN)) {
                 let mut values = old.fields.clone();
                 values.retain(|(index, _)| !running_field(Vm::ID, *index));
-                let allowed = lifecycle::allowed_operations(&row.with_values(&values));
-                self.set(row, vm::ALLOWED_OPERATIONS.index(), allowed.into_value());
+                let allowed = allowed_operations(old, &row.with_values(&values));
+                self.set(row, vm::ALLOWED_OPERATIONS.index(), allowed);
             }
         }
         Ok(())
@@ -329,11 +335,21 @@ impl Planning<'_, '_> {
             .classes()
             .iter()
             .filter(|class| class.id == Pif::ID || treatment(class) == Treatment::Replaced)
-            .map(|class| (class.id, (0..).zip(&class.fields).map(|(index, _)| index).filter(|index| running_field(class.id, *index)).collect()))
+            .map(|class| {
+                (
+                    class.id,
+                    (0..)
+                        .zip(&class.fields)
+                        .map(|(index, _)| index)
+                        .filter(|index| running_field(class.id, *index))
+                        .collect(),
+                )
+            })
             .collect();
         let replaced: HashSet<ClassId> = classes.iter().map(|(class, _)| *class).collect();
-        let taken =
-            dump.iter().filter(|row| replaced.contains(&row.class) && !self.left_out.contains(&(row.class, row.reference)));
+        let taken = dump
+            .iter()
+            .filter(|row| replaced.contains(&row.class) && !self.left_out.contains(&(row.class, row.reference)));
         let rows = taken.map(|row| self.staged(row)).collect();
         Plan { rows, classes, keep: self.keep, settings: self.settings }
     }
@@ -347,10 +363,20 @@ impl Planning<'_, '_> {
             .collect();
         if row.class == Vm::ID {
             let new = Row::of_defaults(Vm::ID, row.reference).with_values(&fields);
-            let allowed = lifecycle::allowed_operations(&new);
-            fields.push((vm::ALLOWED_OPERATIONS.index(), allowed.into_value()));
+            fields.push((vm::ALLOWED_OPERATIONS.index(), allowed_operations(row, &new)));
         }
         StagedRow { class: row.class, reference: row.reference, fields }
+    }
+}
+
+/// What may be done with a VM: what the dump says, if the VM comes out in the state in which it was dumped.
+fn allowed_operations(old: &DumpRow, now: &Row) -> Value {
+    let rests = now.get(vm::CURRENT_OPERATIONS).is_empty();
+    let index = vm::ALLOWED_OPERATIONS.index();
+    let dumped = old.fields.iter().find(|(place, _)| *place == index).map(|(_, value)| value.clone());
+    match dumped {
+        Some(dumped) if rests && old.power_state() == now.get(vm::POWER_STATE) => dumped,
+        _ => lifecycle::allowed_operations(now).into_value(),
     }
 }
 

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::io::BufRead;
 
 use datamodel::{ApiError, ClassId, OpaqueRef, errors};
-use quick_xml::{Reader, XmlVersion};
 use quick_xml::escape::resolve_predefined_entity;
 use quick_xml::events::{BytesStart, Event};
+use quick_xml::{Reader, XmlVersion};
 use serde_json::Value as Json;
 
 use super::{DumpRow, FORMAT, Treatment, text, treatment};

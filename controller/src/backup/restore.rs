@@ -11,9 +11,7 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use datamodel::fields::{operation, registration, staged};
-use datamodel::{
-    ClassKind, Member, Operation, OpaqueRef, Ref, Registration, Session, Staged, Task, Value, errors,
-};
+use datamodel::{ClassKind, Member, OpaqueRef, Operation, Ref, Registration, Session, Staged, Task, Value, errors};
 use futures::StreamExt;
 use raft_store::{CommitError, Conflict, NewRow, Replacement, StagedRow, State, Transaction};
 use tokio::sync::mpsc;
@@ -235,7 +233,9 @@ fn weight(row: &StagedRow) -> usize {
         match value {
             Value::Str(text) => text.len() + 8,
             Value::Set(members) => members.iter().map(of).sum::<usize>() + 8,
-            Value::Map(entries) => entries.iter().map(|(key, value)| key.text().len() + of(value) + 16).sum::<usize>() + 8,
+            Value::Map(entries) => {
+                entries.iter().map(|(key, value)| key.text().len() + of(value) + 16).sum::<usize>() + 8
+            }
             _ => 24,
         }
     }

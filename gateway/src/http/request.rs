@@ -24,7 +24,8 @@ impl Plain {
     /// A page that says so.
     pub(super) fn page(status: StatusCode, text: &str) -> Self {
         let title = format!("{} {}", status.as_u16(), status.canonical_reason().unwrap_or_default());
-        let mut body = format!("<!doctype html><html><head><title>{title}</title></head><body><h1>{title}</h1><p>").into_bytes();
+        let mut body =
+            format!("<!doctype html><html><head><title>{title}</title></head><body><h1>{title}</h1><p>").into_bytes();
         encode::xml_text(text, &mut body);
         body.extend_from_slice(b"</p></body></html>\n");
         Self { status, headers: vec![("content-type", "text/html".to_owned())], body: body.into() }
@@ -82,7 +83,10 @@ fn location(address: &str, site: &Site, origin: &Origin, headers: &HeaderMap, pa
 fn decode_query(query: &str) -> Vec<(String, String)> {
     let decode = |text: &str| percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned();
     let pairs = query.split('&').filter(|pair| !pair.is_empty());
-    pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))).map(|(name, value)| (decode(name), decode(value))).collect()
+    pairs
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(name, value)| (decode(name), decode(value)))
+        .collect()
 }
 
 fn credentials(query: &[(String, String)], headers: &HeaderMap) -> Credentials {

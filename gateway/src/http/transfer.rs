@@ -24,7 +24,8 @@ pub(super) async fn transfer(
     request: Request<Incoming>,
 ) -> Response<Outgoing> {
     let (head, body) = request.into_parts();
-    let waits = head.headers.get(header::EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let waits =
+        head.headers.get(header::EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
     let (body, begun) = noticed(incoming(body));
     match site.server.calls.open(inquiry(handler, origin, &head, body)).await {
         Err(why) => plain(declined(why, site, origin, &head)),
@@ -50,9 +51,8 @@ pub(super) async fn transfer(
             };
             // The body of the answer stays open until all is read: its end would be the end of the connection.
             let told = outcome.map(|outcome| Ok(verdict(outcome)));
-            let told = futures::stream::once(told).filter(|piece| {
-                futures::future::ready(!matches!(piece, Ok(piece) if Bytes::is_empty(piece)))
-            });
+            let told = futures::stream::once(told)
+                .filter(|piece| futures::future::ready(!matches!(piece, Ok(piece) if Bytes::is_empty(piece))));
             uncached(Response::new(Outgoing::Stream(told.boxed())))
         }
     }

@@ -69,7 +69,9 @@ pub enum OpenError {
         source: DecodeError,
     },
     /// It was written by a newer version. Nothing is lost: that version reads it.
-    #[error("the database is of format {found}, this version reads up to {reads}: start the newer version again, or upgrade this host")]
+    #[error(
+        "the database is of format {found}, this version reads up to {reads}: start the newer version again, or upgrade this host"
+    )]
     Newer {
         /// Its format.
         found: u32,
@@ -224,7 +226,9 @@ impl Disk {
         let from = start.to_be_bytes();
         for item in self.db.iterator_cf(family, IteratorMode::From(&from, rocksdb::Direction::Forward)) {
             let (_, bytes) = item.map_err(|error| failed(error.to_string()))?;
-            if let Some(wire::log_record::Payload::Transactions(encoded)) = wire::LogRecord::decode(bytes.as_ref())?.payload {
+            if let Some(wire::log_record::Payload::Transactions(encoded)) =
+                wire::LogRecord::decode(bytes.as_ref())?.payload
+            {
                 admit_bytes(encoded, reads)?;
             }
         }

@@ -77,12 +77,7 @@ fn append_request(request: wire::AppendRequest, reads: u32) -> Result<AppendEntr
     Ok(AppendEntriesRequest {
         vote: vote(request.vote.as_ref())?,
         prev_log_id: request.previous.as_ref().map(record::log_id),
-        entries: request
-            .entries
-            .into_iter()
-            .map(entry)
-            .collect::<Result<_, _>>()
-            .map_err(|error| malformed(&error))?,
+        entries: request.entries.into_iter().map(entry).collect::<Result<_, _>>().map_err(|error| malformed(&error))?,
         leader_commit: request.leader_commit.as_ref().map(record::log_id),
     })
 }

@@ -101,14 +101,7 @@ pub(crate) struct Assembly {
 
 impl Assembly {
     pub(crate) fn new(reads: u32) -> Self {
-        Self {
-            reads,
-            header: None,
-            state: State::default(),
-            rows: 0,
-            checksum: Checksum::default(),
-            complete: false,
-        }
+        Self { reads, header: None, state: State::default(), rows: 0, checksum: Checksum::default(), complete: false }
     }
 
     pub(crate) fn add(&mut self, frame: wire::SnapshotFrame) -> Result<(), DecodeError> {
