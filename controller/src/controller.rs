@@ -13,10 +13,11 @@ use crate::agent::Agents;
 use crate::call::{Refusal, Reply, Request};
 use crate::clock::{Clock, Office};
 use crate::first_boot::Guest;
+use crate::handlers::{self, Declined, Inquiry, Opened};
 use crate::in_hand::InHand;
 use crate::membership::emergency::LocalSessions;
 use crate::membership::{Surroundings, VoterPolicy, join, rotation, voters};
-use crate::{dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
+use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
 
 /// What a controller is told when it starts.
 #[derive(Clone)]
@@ -63,6 +64,8 @@ pub(crate) struct Shared {
     /// Members change one at a time.
     pub(crate) admissions: tokio::sync::Mutex<()>,
     pub(crate) in_hand: InHand,
+    /// Held while the database is being restored.
+    pub(crate) restoring: tokio::sync::Mutex<()>,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -115,6 +118,7 @@ impl Controller {
             parting: AtomicBool::new(false),
             admissions: tokio::sync::Mutex::new(()),
             in_hand: InHand::default(),
+            restoring: tokio::sync::Mutex::default(),
             shutdown,
         };
         Self { shared: Arc::new(shared) }
@@ -126,6 +130,14 @@ impl Controller {
     /// [`Refusal`].
     pub async fn call(&self, request: Request) -> Result<Reply, Refusal> {
         dispatch::call(&self.shared, request).await
+    }
+
+    /// Serves an HTTP request that is no call, or says who can.
+    ///
+    /// # Errors
+    /// [`Declined`].
+    pub async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {
+        handlers::open(&self.shared, inquiry).await
     }
 
     /// Waits until this host knows of another master than that member, itself included, or of none for so long that
@@ -213,6 +225,7 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
     }
     shared.sessions.forget();
     tokio::join!(
+        backup::forget_stages(shared),
         reconcile::run(shared, epoch, term.clone()),
         operations::adopt(shared),
         sessions::collect(shared),

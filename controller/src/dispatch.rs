@@ -65,6 +65,20 @@ fn is_login(method: &str) -> bool {
 /// A call on a host that does not lead. Logins over the network are redirected, so that the client knows
 /// its master; calls with a session are sent on, because clients that hold one never recover from a redirect.
 async fn elsewhere(shared: &Arc<Shared>, caller: &Caller, login: bool) -> Result<Reply, Refusal> {
+    let leader = match leader(shared).await {
+        Some(Leadership::Follower { leader }) => leader,
+        Some(_) => return Err(Refusal::Retry),
+        None => return Err(Refusal::Api(errors::host_in_emergency_mode())),
+    };
+    let redirect = login || shared.config.redirect_sessions;
+    if caller.forwarded || (caller.transport == Transport::Tcp && redirect) {
+        return Err(Refusal::Api(slave_of(&leader)));
+    }
+    Err(Refusal::Forward(leader))
+}
+
+/// Who leads, once somebody does; none where that takes longer than an election.
+pub(crate) async fn leader(shared: &Shared) -> Option<Leadership> {
     let mut leadership = shared.store.leadership();
     // A witness that leads is about to hand on.
     let known = leadership.wait_for(|leadership| match leadership {
@@ -72,18 +86,8 @@ async fn elsewhere(shared: &Arc<Shared>, caller: &Caller, login: bool) -> Result
         Leadership::Follower { leader } => !leader.api_address.is_empty(),
         Leadership::Leader { .. } => true,
     });
-    let leader = match tokio::time::timeout(shared.config.election_wait, known).await {
-        Ok(Ok(known)) => match &*known {
-            Leadership::Follower { leader } => leader.clone(),
-            _ => return Err(Refusal::Retry),
-        },
-        _ => return Err(Refusal::Api(errors::host_in_emergency_mode())),
-    };
-    let redirect = login || shared.config.redirect_sessions;
-    if caller.forwarded || (caller.transport == Transport::Tcp && redirect) {
-        return Err(Refusal::Api(slave_of(&leader)));
-    }
-    Err(Refusal::Forward(leader))
+    let known = tokio::time::timeout(shared.config.election_wait, known).await;
+    known.ok()?.ok().map(|known| known.clone())
 }
 
 fn slave_of(leader: &Member) -> ApiError {
@@ -194,7 +198,7 @@ fn settle(call: &Call, failure: Failure) -> Failure {
     }
 }
 
-fn check_session(shared: &Shared, state: &State, text: &str) -> Result<Arc<Row>, Failure> {
+pub(crate) fn check_session(shared: &Shared, state: &State, text: &str) -> Result<Arc<Row>, Failure> {
     let invalid = || Failure::Api(errors::session_invalid(text));
     let reference: Ref<Session> = Ref::from_opaque(text.parse().map_err(|_| invalid())?);
     let row = state.row(reference).cloned().ok_or_else(invalid)?;
@@ -204,14 +208,35 @@ fn check_session(shared: &Shared, state: &State, text: &str) -> Result<Arc<Row>,
 
 pub(crate) fn check_role(session: &Row, message: &MessageDef) -> Result<(), Failure> {
     let Some(needed) = message.min_role else { return Ok(()) };
-    if session.get(fields::session::IS_LOCAL_SUPERUSER) {
-        return Ok(());
+    Ok(permit(&Rights::of(session), needed, || message.full_name.to_ascii_lowercase())?)
+}
+
+/// What somebody may do.
+pub(crate) struct Rights {
+    superuser: bool,
+    role: RbacRole,
+}
+
+impl Rights {
+    pub(crate) fn of(session: &Row) -> Self {
+        Self {
+            superuser: session.get(fields::session::IS_LOCAL_SUPERUSER),
+            role: RbacRole::named(&session.get(fields::session::ROLE)).unwrap_or(RbacRole::ReadOnly),
+        }
     }
-    let held = RbacRole::named(&session.get(fields::session::ROLE)).unwrap_or(RbacRole::ReadOnly);
-    if held >= needed {
+
+    /// Those of a local account.
+    pub(crate) fn of_user(name: &str) -> Self {
+        Self { superuser: name == "root", role: RbacRole::PoolAdmin }
+    }
+}
+
+/// Whether somebody may do what takes a role.
+pub(crate) fn permit(rights: &Rights, needed: RbacRole, permission: impl FnOnce() -> String) -> Result<(), ApiError> {
+    if rights.superuser || rights.role >= needed {
         return Ok(());
     }
     let able: Vec<&str> = RbacRole::ALL.into_iter().filter(|role| *role >= needed).map(RbacRole::name).collect();
     let explanation = format!("No permission in user session. (Roles with this permission: {})", able.join(", "));
-    Err(errors::rbac_permission_denied(message.full_name.to_ascii_lowercase(), explanation).into())
+    Err(errors::rbac_permission_denied(permission(), explanation))
 }

@@ -35,6 +35,7 @@ impl From<CommitError> for Failure {
             CommitError::Unknown => Self::Api(errors::internal_error(
                 "the master changed while the call was being committed: it was applied wholly or not at all; look before repeating it",
             )),
+            CommitError::NotYet(_) => Self::Api(errors::not_supported_during_upgrade()),
             CommitError::Overloaded => Self::Api(errors::too_many_pending_tasks()),
         }
     }

@@ -2,6 +2,7 @@
 
 mod agent;
 mod api;
+mod backup;
 mod call;
 pub mod certificates;
 mod clock;
@@ -11,6 +12,7 @@ mod dispatch;
 mod events;
 mod failure;
 mod first_boot;
+mod handlers;
 mod implicit;
 mod in_hand;
 mod lifecycle;
@@ -30,5 +32,6 @@ pub use call::{Caller, Event, EventBatch, Refusal, Reply, Request, Transport};
 pub use clock::{Clock, SystemClock, WrongClock};
 pub use controller::{Controller, ControllerConfig};
 pub use first_boot::{Guest, InitialMember};
+pub use handlers::{ByteStream, Credentials, Declined, HANDLERS, Handler, Inquiry, Opened, Verb};
 pub use membership::{Abroad, Alone, AskError, Home, Newcomer, Seat, Surroundings, VoterPolicy, enrol_witness};
 pub use repeats::OWN_KEY;

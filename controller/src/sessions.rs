@@ -13,7 +13,7 @@ use datamodel::{ApiError, ClassKind, LocalUser, Ref, Session, Task, Timestamp, e
 use parking_lot::Mutex;
 use raft_store::{NewRow, State};
 
-use crate::call::{Call, Transport};
+use crate::call::{Call, Caller, Transport};
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
 use crate::password;
@@ -58,7 +58,7 @@ impl Activity {
 /// `session.login_with_password`.
 pub(crate) async fn login(call: &Call, user: String, secret: String, originator: String) -> Served<Ref<Session>> {
     if call.caller.transport == Transport::Tcp {
-        verify(call, &user, &secret).await?;
+        verify(&call.state, &call.caller, &user, &secret).await?;
     }
     open(call, user, originator).await
 }
@@ -98,12 +98,13 @@ pub(crate) fn hash_for(state: &State, user: &str) -> (bool, String) {
     (account.is_some(), checked.map(|row| row.get(local_user::PASSWORD_HASH)).unwrap_or_default())
 }
 
-async fn verify(call: &Call, user: &str, secret: &str) -> Served<()> {
-    let (known, checked) = hash_for(&call.state, user);
+/// Checks a name and a password.
+pub(crate) async fn verify(state: &State, caller: &Caller, user: &str, secret: &str) -> Served<()> {
+    let (known, checked) = hash_for(state, user);
     if password::fits(secret.to_owned(), checked).await && known {
         return Ok(());
     }
-    tracing::warn!(user, peer = ?call.caller.peer, "login refused");
+    tracing::warn!(user, peer = ?caller.peer, "login refused");
     tokio::time::sleep(FAILURE_DELAY).await;
     refuse(ApiError::new(
         errors::SESSION_AUTHENTICATION_FAILED,

@@ -7,17 +7,19 @@ use std::time::Duration;
 
 use datamodel::enums::{TaskAllowedOperations, TaskStatusType};
 use datamodel::fields::task;
-use datamodel::{ApiError, Ref, Task, Timestamp, Value, encode, errors};
+use datamodel::{ApiError, ClassKind, Ref, Task, Timestamp, Value, encode, errors};
 use futures::FutureExt;
 use parking_lot::Mutex;
 use raft_store::{CommitError, NewRow, State, Transaction};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::api::Handler;
 use crate::call::{Call, Reply};
 use crate::controller::Shared;
 use crate::dispatch;
 use crate::failure::{Failure, Served, refuse};
+use crate::handlers::parameter;
 use crate::repeats::Stage;
 
 const KEPT_COMPLETED_SECONDS: i64 = 65 * 60;
@@ -48,6 +50,12 @@ impl Running {
         self.tokens.lock().remove(&task);
     }
 
+    /// As if the process that ran it had ended.
+    #[cfg(test)]
+    pub(crate) fn forget(&self, task: Ref<Task>) {
+        self.end(task);
+    }
+
     pub(crate) fn runs(&self, task: Ref<Task>) -> bool {
         self.tokens.lock().contains_key(&task)
     }
@@ -61,18 +69,20 @@ impl Running {
 pub(crate) fn insert(call: &Call, change: &mut Transaction, label: String, description: String) -> Ref<Task> {
     let reference: Ref<Task> = call.reference();
     let host = call.session_row().map_or(Ref::NULL, |row| row.get(datamodel::fields::session::THIS_HOST));
-    change.insert(
-        NewRow::new(reference, call.uuid())
-            .with(task::NAME_LABEL, label)
-            .with(task::NAME_DESCRIPTION, description)
-            .with(task::CREATED, call.now())
-            .with(task::FINISHED, Timestamp::EPOCH)
-            .with(task::STATUS, TaskStatusType::Pending)
-            .with(task::RESIDENT_ON, host)
-            .with(task::TYPE, "<none/>".to_owned())
-            .with(task::BACKTRACE, "()".to_owned()),
-    );
+    let row = pending(reference, call.uuid(), label, description, call.now());
+    change.insert(row.with(task::RESIDENT_ON, host));
     reference
+}
+
+fn pending(reference: Ref<Task>, uuid: Uuid, label: String, description: String, now: Timestamp) -> NewRow<Task> {
+    NewRow::new(reference, uuid)
+        .with(task::NAME_LABEL, label)
+        .with(task::NAME_DESCRIPTION, description)
+        .with(task::CREATED, now)
+        .with(task::FINISHED, Timestamp::EPOCH)
+        .with(task::STATUS, TaskStatusType::Pending)
+        .with(task::TYPE, "<none/>".to_owned())
+        .with(task::BACKTRACE, "()".to_owned())
 }
 
 /// Adds the end of a task to a transaction.
@@ -172,6 +182,11 @@ async fn settle(call: &Call, reference: Ref<Task>, outcome: Served<Reply>) {
         }
     }
     finish(&mut change, reference, outcome.as_ref(), shared.now());
+    record_end(shared, reference, change).await;
+}
+
+/// Commits a task's end.
+async fn record_end(shared: &Shared, reference: Ref<Task>, change: Transaction) {
     loop {
         match shared.store.commit(change.clone()).await {
             Ok(_) => return,
@@ -189,6 +204,82 @@ async fn settle(call: &Call, reference: Ref<Task>, outcome: Served<Reply>) {
             }
         }
     }
+}
+
+/// The key by which a task shows that a handler works under it. A master that is lost leaves it, so that the next one
+/// can end the task.
+const HANDLED: &str = "handled_by";
+
+/// Takes over the task that a handler's client made (`task_id`), or makes one below another (`subtask_of`); null where
+/// the client asks for neither.
+pub(crate) async fn adopt(
+    shared: &Arc<Shared>,
+    state: &State,
+    query: &[(String, String)],
+    label: &str,
+    cancel: CancellationToken,
+) -> Served<Ref<Task>> {
+    let named = |name: &str| match parameter(query, name) {
+        Some(text) => {
+            let invalid = || Failure::Api(errors::handle_invalid(Task::NAME, text));
+            let reference: Ref<Task> = Ref::from_opaque(text.parse().map_err(|_| invalid())?);
+            state.row(reference).ok_or_else(invalid).map(Some)
+        }
+        None => Ok(None),
+    };
+    let mut change = shared.transaction();
+    let reference = match (named("task_id")?, named("subtask_of")?) {
+        (Some(row), _) if row.get(task::STATUS) != TaskStatusType::Pending => return Ok(Ref::NULL),
+        (Some(row), _) => {
+            let reference = row.typed::<Task>();
+            change.expect(reference, task::STATUS, TaskStatusType::Pending).set(reference, task::PROGRESS, 0.0);
+            reference
+        }
+        (None, Some(above)) => {
+            let reference: Ref<Task> = Ref::new(shared.uuid());
+            let row = pending(reference, shared.uuid(), label.to_owned(), String::new(), shared.now());
+            change.insert(row.with(task::SUBTASK_OF, above.typed::<Task>()));
+            reference
+        }
+        (None, None) => return Ok(Ref::NULL),
+    };
+    change.put(reference, task::OTHER_CONFIG, HANDLED.to_owned(), label.to_owned());
+    shared.tasks.start(reference, cancel)?;
+    if let Err(error) = shared.store.commit(change).await {
+        shared.tasks.end(reference);
+        return Err(error.into());
+    }
+    Ok(reference)
+}
+
+/// Ends a handler's task. A transfer has no result.
+pub(crate) async fn end_transfer(shared: &Arc<Shared>, reference: Ref<Task>, outcome: Result<(), &ApiError>) {
+    if reference.is_null() {
+        return;
+    }
+    let mut change = shared.transaction();
+    finish_transfer(&mut change, reference, outcome, shared.now());
+    record_end(shared, reference, change).await;
+    shared.tasks.end(reference);
+}
+
+/// Adds the end of a handler's task to a transaction, which has no effect where the task has ended already.
+pub(crate) fn finish_transfer(
+    change: &mut Transaction,
+    reference: Ref<Task>,
+    outcome: Result<(), &ApiError>,
+    now: Timestamp,
+) {
+    change.expect(reference, task::STATUS, TaskStatusType::Pending);
+    finish(change, reference, outcome.map(|()| &Value::Void), now);
+    change.set(reference, task::RESULT, String::new());
+}
+
+/// Ends the task of a request that is not served, for who waits for it.
+pub(crate) async fn refuse_transfer(shared: &Arc<Shared>, state: &State, query: &[(String, String)], error: &ApiError) {
+    let reference = parameter(query, "task_id").and_then(|text| text.parse().ok()).map(Ref::<Task>::from_opaque);
+    let there = reference.filter(|reference| state.row(*reference).is_some());
+    end_transfer(shared, there.unwrap_or(Ref::NULL), Err(error)).await;
 }
 
 /// `task.cancel`.
@@ -213,7 +304,7 @@ pub(crate) async fn fail_orphans(shared: &Arc<Shared>, state: &State, kept: &[Re
     let mut change = shared.transaction();
     for row in state.all::<Task>() {
         let reference = row.typed::<Task>();
-        let ours = row.get(task::NAME_LABEL).starts_with("Async.");
+        let ours = row.get(task::NAME_LABEL).starts_with("Async.") || row.get(task::OTHER_CONFIG).contains_key(HANDLED);
         let pending = row.get(task::STATUS) == TaskStatusType::Pending;
         if ours && pending && !kept.contains(&reference) && !shared.tasks.runs(reference) {
             let lost = errors::internal_error("the master that ran this task was lost");

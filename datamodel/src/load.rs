@@ -27,6 +27,9 @@ pub(crate) struct ClassFile {
     stored: bool,
     #[serde(default)]
     internal: bool,
+    /// The replicated format that brought it.
+    #[serde(default = "first")]
+    format: u32,
     #[serde(default)]
     pub(crate) role: Option<String>,
     /// Lowest role that may read; `read-only` unless said.
@@ -51,6 +54,9 @@ pub(crate) struct ClassFile {
 struct FieldEntry {
     r#type: String,
     access: String,
+    /// The replicated format that brought it.
+    #[serde(default = "first")]
+    format: u32,
     default: Option<String>,
     /// What a new row holds where the published model names no default.
     initial: Option<String>,
@@ -90,6 +96,10 @@ struct MessageEntry {
 
 fn yes() -> bool {
     true
+}
+
+fn first() -> u32 {
+    1
 }
 
 pub(crate) fn leak(text: String) -> &'static str {
@@ -153,6 +163,7 @@ pub(crate) fn load() -> Model {
                     reading_role: entry.reading_role.as_deref().map_or(reading_role, role),
                     getter: entry.getter,
                     hidden: entry.hidden || file.internal,
+                    format: entry.format,
                 }
             })
             .collect();
@@ -163,6 +174,7 @@ pub(crate) fn load() -> Model {
             event_name,
             file.stored,
             file.internal,
+            file.format,
             fields,
         ));
     }

@@ -125,6 +125,8 @@ pub struct FieldDef {
     pub getter: bool,
     /// Never sent to clients.
     pub hidden: bool,
+    /// The first replicated format that has it: members of older ones do not know the name.
+    pub format: u32,
 }
 
 /// A class.
@@ -144,6 +146,8 @@ pub struct ClassDef {
     pub internal: bool,
     /// Whether changes to its rows reach `event.from`.
     pub emits_events: bool,
+    /// The first replicated format that has it.
+    pub format: u32,
     by_name: HashMap<&'static str, u16>,
 }
 
@@ -154,12 +158,13 @@ impl ClassDef {
         event_name: &'static str,
         stored: bool,
         internal: bool,
+        format: u32,
         fields: Vec<FieldDef>,
     ) -> Self {
         let by_name = fields.iter().zip(0..).map(|(field, index)| (field.name, index)).collect();
         // Sessions, users and secrets are nobody else's business.
         let emits_events = stored && !internal && !matches!(name, "session" | "user" | "secret");
-        Self { id, name, event_name, fields, stored, internal, emits_events, by_name }
+        Self { id, name, event_name, fields, stored, internal, emits_events, format, by_name }
     }
 
     /// The index of a field by its wire name.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use controller::{Caller, Controller, OWN_KEY, Refusal, Reply, Request};
+use controller::{Caller, Controller, Declined, Inquiry, OWN_KEY, Opened, Refusal, Reply, Request};
 use datamodel::{ApiError, encode, errors, model};
 use futures::FutureExt;
 use raft_store::Member;
@@ -34,6 +34,9 @@ pub trait Calls: Send + Sync + 'static {
     /// Answers a call, or says who can.
     async fn call(&self, request: Request) -> Result<Reply, Refusal>;
 
+    /// Serves a request of a handler, or says who can.
+    async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined>;
+
     /// Waits until another than that member is the master.
     async fn replaced(&self, member: &Member);
 }
@@ -42,6 +45,10 @@ pub trait Calls: Send + Sync + 'static {
 impl Calls for Controller {
     async fn call(&self, request: Request) -> Result<Reply, Refusal> {
         Self::call(self, request).await
+    }
+
+    async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {
+        Self::open(self, inquiry).await
     }
 
     async fn replaced(&self, member: &Member) {

@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::calls::{Calls, Server};
 use crate::forward::ForwardClient;
+use crate::http::raw::{self, Opening, Rewound};
 use crate::http::{self, Origin, Site};
 use crate::tls::{TlsError, TlsFiles};
 
@@ -89,16 +90,26 @@ impl Gateway {
         forward: ForwardClient,
         shutdown: CancellationToken,
     ) -> Result<Self, GatewayError> {
-        let site = Arc::new(Site { server: Server { calls, forward }, largest_body: config.largest_body });
+        let mut tls_listeners = Vec::new();
+        for address in &config.tls {
+            tls_listeners.push(bind(*address).await?);
+        }
+        let tls: Vec<SocketAddr> = tls_listeners
+            .iter()
+            .zip(&config.tls)
+            .map(|(listener, asked)| listener.local_addr().unwrap_or(*asked))
+            .collect();
+        let site = Arc::new(Site {
+            server: Server { calls, forward },
+            largest_body: config.largest_body,
+            https_port: tls.first().map(SocketAddr::port),
+        });
         let tasks = TaskTracker::new();
         let shared =
             Shared { site, tasks: tasks.clone(), room: Arc::new(Semaphore::new(config.connections)), shutdown };
-        let mut tls = Vec::new();
-        if !config.tls.is_empty() {
+        if !tls_listeners.is_empty() {
             let acceptor = TlsAcceptor::from(config.certificate.server()?);
-            for address in &config.tls {
-                let listener = bind(*address).await?;
-                tls.push(listener.local_addr().unwrap_or(*address));
+            for listener in tls_listeners {
                 tasks.spawn(accept_tcp(shared.clone(), listener, Some(acceptor.clone())));
             }
         }
@@ -167,7 +178,8 @@ async fn accept_tcp(shared: Shared, listener: TcpListener, tls: Option<TlsAccept
         if let Err(error) = notice_the_dead(&stream) {
             tracing::debug!(%error, ?peer, "this connection is not watched");
         }
-        let origin = Origin { transport: Transport::Tcp, peer: Some(peer.ip()) };
+        let port = stream.local_addr().ok().map(|address| address.port());
+        let origin = Origin { transport: Transport::Tcp, peer: Some(peer.ip()), secure: tls.is_some(), port };
         let (shared_by, tls) = (shared.clone(), tls.clone());
         shared.tasks.spawn(async move {
             match tls {
@@ -204,14 +216,31 @@ async fn accept_unix(shared: Shared, listener: UnixListener) {
         };
         let shared_by = shared.clone();
         shared.tasks.spawn(async move {
-            connection(shared_by, stream, Origin { transport: Transport::Unix, peer: None }).await;
+            let origin = Origin { transport: Transport::Unix, peer: None, secure: true, port: None };
+            connection(shared_by, stream, origin).await;
             drop(room);
         });
     }
 }
 
-async fn connection(shared: Shared, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, origin: Origin) {
+async fn connection(shared: Shared, mut stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, origin: Origin) {
     let site = Arc::clone(&shared.site);
+    let opening = tokio::select! {
+        opening = raw::look(&mut stream, LARGEST_HEAD, HEADER_LIMIT) => opening,
+        () = shared.shutdown.cancelled() => return,
+    };
+    let seen = match opening {
+        None => return,
+        Some(Opening::Usual(seen)) => seen,
+        Some(Opening::Endless(head, begun)) => {
+            tokio::select! {
+                () = raw::serve(&site, &origin, &head, begun, stream) => {}
+                () = shared.shutdown.cancelled() => tracing::debug!("a connection was cut off"),
+            }
+            return;
+        }
+    };
+    let stream = Rewound::new(seen, stream);
     let service = service_fn(move |request| http::serve(Arc::clone(&site), origin.clone(), request));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -384,10 +384,10 @@ async fn a_browser_finds_a_page_at_the_root_and_nothing_elsewhere() {
     let mut wire = running.connect().await;
     for (request, status, content_type) in [
         ("GET / HTTP/1.1", 200, "text/html"),
-        ("GET /x HTTP/1.1", 404, "text/plain"),
-        ("GET /jsonrpc HTTP/1.1", 404, "text/plain"),
-        ("DELETE / HTTP/1.1", 405, "text/plain"),
-        ("PUT /import HTTP/1.1", 405, "text/plain"),
+        ("GET /x HTTP/1.1", 404, "text/html"),
+        ("GET /jsonrpc HTTP/1.1", 404, "text/html"),
+        ("DELETE / HTTP/1.1", 405, "text/html"),
+        ("PUT /import HTTP/1.1", 405, "text/html"),
     ] {
         wire.send(format!("{request}\r\nHost: h\r\n\r\n")).await;
         let answer = wire.answer().await;

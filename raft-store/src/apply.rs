@@ -6,8 +6,10 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use datamodel::{ClassId, Key, OpaqueRef, Relation, Set, Timestamp, Value};
+use datamodel::{ClassId, ClassKind as _, Key, OpaqueRef, Relation, Set, Staged, Timestamp, Value};
 
+use crate::codec::DecodeError;
+use crate::replace::{Prepared, prepare, replace};
 use crate::row::{LogIndex, Row, edited};
 use crate::state::{History, Outcome, REMEMBERED_TRANSACTIONS, State, Table, Tombstone};
 use crate::transaction::{Conflict, Expectation, Transaction, Write};
@@ -16,14 +18,25 @@ use crate::transaction::{Conflict, Expectation, Transaction, Write};
 pub(crate) type Dirty = HashSet<(ClassId, OpaqueRef)>;
 
 /// Applies one transaction to a state under construction.
-pub(crate) fn apply(state: &mut State, index: LogIndex, transaction: &Transaction, dirty: &mut Dirty) -> Outcome {
+///
+/// # Errors
+/// What was staged for it cannot be read here: this member must not go on.
+pub(crate) fn apply(
+    state: &mut State,
+    index: LogIndex,
+    transaction: &Transaction,
+    dirty: &mut Dirty,
+) -> Result<Outcome, DecodeError> {
     if let Some(outcome) = state.remembered.get(&transaction.id) {
-        return outcome.clone();
+        return Ok(outcome.clone());
     }
     state.tick(transaction.time);
-    let outcome = check(state, transaction).and_then(|()| write_all(state, index, transaction, dirty));
+    let outcome = match check(state, transaction) {
+        Ok(()) => prepare(state, transaction)?.map(|staged| write_all(state, index, transaction, staged, dirty)),
+        Err(conflict) => Err(conflict),
+    };
     remember(state, transaction, &outcome);
-    outcome
+    Ok(outcome)
 }
 
 /// Moves the end of history; called once for each entry, after its transactions.
@@ -92,6 +105,13 @@ fn check(state: &State, transaction: &Transaction) -> Result<(), Conflict> {
                     return Err(Conflict::NotEmpty(name(*class)));
                 }
             }
+            Expectation::ClassUnchanged(class, since) => {
+                let after = (since.next(), ClassId(0), OpaqueRef::NULL);
+                let live = state.changes.range(after..).any(|((_, changed, _), ())| changed == class);
+                if live || state.tombstones.range(after..).any(|((_, gone, _), _)| gone == class) {
+                    return Err(Conflict::ClassChanged(name(*class)));
+                }
+            }
         }
     }
     // All or nothing: what a write needs is looked at before the first one is made.
@@ -103,7 +123,7 @@ fn check(state: &State, transaction: &Transaction) -> Result<(), Conflict> {
                     return Err(Conflict::Exists(name(*class), *reference));
                 }
             }
-            Write::Delete(..) => {}
+            Write::Delete(..) | Write::Replace(_) => {}
             Write::Set(class, reference, ..)
             | Write::AddToSet(class, reference, ..)
             | Write::RemoveFromSet(class, reference, ..)
@@ -123,7 +143,13 @@ fn find(state: &State, class: ClassId, reference: OpaqueRef) -> Result<&Arc<Row>
     state.row_of(class, reference).ok_or(Conflict::Missing(name(class), reference))
 }
 
-fn write_all(state: &mut State, index: LogIndex, transaction: &Transaction, dirty: &mut Dirty) -> Outcome {
+fn write_all(
+    state: &mut State,
+    index: LogIndex,
+    transaction: &Transaction,
+    staged: Prepared,
+    dirty: &mut Dirty,
+) -> LogIndex {
     let time = state.age;
     let mut editor = Editor { state, index, time, dirty };
     for write in &transaction.writes {
@@ -148,14 +174,22 @@ fn write_all(state: &mut State, index: LogIndex, transaction: &Transaction, dirt
                 }
             }
             Write::Delete(class, reference) => editor.delete(*class, *reference),
+            // The last one, whatever the order.
+            Write::Replace(_) => {}
         }
     }
-    Ok(index)
+    if let Some((replacement, rows, parts)) = staged {
+        replace(&mut editor, &replacement, rows);
+        for part in parts {
+            editor.delete(Staged::ID, part);
+        }
+    }
+    index
 }
 
 /// A state under construction, and where in the log it is.
-struct Editor<'a> {
-    state: &'a mut State,
+pub(crate) struct Editor<'a> {
+    pub(crate) state: &'a mut State,
     index: LogIndex,
     /// The log's time.
     time: Timestamp,
@@ -183,11 +217,7 @@ impl Editor<'_> {
                 *slot = value.clone();
             }
         }
-        let row = Arc::new(Row::new(class, reference, self.index, self.index, fields));
-        self.state.tombstones.remove(&(self.index, class, reference));
-        link(self.state, &row);
-        self.state.changes.insert((self.index, class, reference), ());
-        self.dirty.insert((class, reference));
+        self.add_row(class, reference, fields);
         for (relation, value) in related {
             self.follow(reference, relation, &Value::Absent, &value);
         }
@@ -200,6 +230,33 @@ impl Editor<'_> {
         self.state.changes.insert((self.index, row.class, row.reference), ());
         self.dirty.insert((row.class, row.reference));
         relink(self.state, row, &new);
+    }
+
+    /// Gives a row all its values anew; nothing where they are what they were. Relations are the caller's to mend.
+    pub(crate) fn put_row(&mut self, row: &Arc<Row>, values: Vec<Value>) {
+        if row.values() != values.as_slice() {
+            self.replace(row, |fields| fields.clone_from_slice(&values));
+        }
+    }
+
+    /// Makes a row. Relations are the caller's to mend.
+    pub(crate) fn add_row(&mut self, class: ClassId, reference: OpaqueRef, values: Vec<Value>) {
+        let row = Arc::new(Row::new(class, reference, self.index, self.index, values));
+        self.state.tombstones.remove(&(self.index, class, reference));
+        link(self.state, &row);
+        self.state.changes.insert((self.index, class, reference), ());
+        self.dirty.insert((class, reference));
+    }
+
+    /// Ends a row. Relations are the caller's to mend.
+    pub(crate) fn bury(&mut self, row: &Arc<Row>) {
+        let (class, reference) = (row.class, row.reference);
+        unlink(self.state, row);
+        self.state.changes.remove(&(row.modified, class, reference));
+        self.state
+            .tombstones
+            .insert((self.index, class, reference), Tombstone { created: row.created, time: self.time });
+        self.dirty.insert((class, reference));
     }
 
     fn assign(&mut self, class: ClassId, reference: OpaqueRef, field: u16, value: Value) {
@@ -312,13 +369,9 @@ impl Editor<'_> {
             }
         }
         // A relation of a class with itself may have changed this very row.
-        let Some(row) = self.row(class, reference) else { return };
-        unlink(self.state, &row);
-        self.state.changes.remove(&(row.modified, class, reference));
-        self.state
-            .tombstones
-            .insert((self.index, class, reference), Tombstone { created: row.created, time: self.time });
-        self.dirty.insert((class, reference));
+        if let Some(row) = self.row(class, reference) {
+            self.bury(&row);
+        }
     }
 }
 

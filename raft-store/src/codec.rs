@@ -1,18 +1,20 @@
 //! Between what is held in memory and what travels or rests: classes and fields by name there, by place here.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use datamodel::{ClassId, Key, OpaqueRef, Timestamp, Type, Value};
+use datamodel::{ClassId, ClassKind as _, Key, OpaqueRef, Staged, Timestamp, Type, Value};
 use prost::Message;
 use proto::raft as wire;
 use uuid::Uuid;
 
+use crate::format::{NEWEST, readable};
+use crate::replace::{Replacement, StagedRow};
 use crate::row::{LogIndex, Row};
 use crate::transaction::{Conflict, Expectation, Transaction, Write};
-
-/// The format of transactions, rows and snapshots that this version writes, and the newest that it reads.
-pub(crate) const FORMAT: u32 = 1;
 
 /// Bytes that say nothing this version understands.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -21,8 +23,13 @@ pub enum DecodeError {
     #[error("malformed record: {0}")]
     Malformed(String),
     /// Written by a newer version.
-    #[error("record of format {0}, this version reads up to {FORMAT}: upgrade this host")]
-    NewerFormat(u32),
+    #[error("a record of format {found}, this version reads up to {reads}: upgrade this host")]
+    NewerFormat {
+        /// Its format.
+        found: u32,
+        /// The newest that this version reads.
+        reads: u32,
+    },
     /// A class that this version does not have.
     #[error("unknown class {0}: upgrade this host")]
     UnknownClass(String),
@@ -143,19 +150,21 @@ fn named(class: ClassId, index: u16, value: &Value) -> wire::FieldValue {
 }
 
 /// Transactions as one log payload.
-pub(crate) fn encode_batch(transactions: &[Transaction]) -> Bytes {
-    let batch =
-        wire::TransactionBatch { format: FORMAT, transactions: transactions.iter().map(transaction_to_wire).collect() };
+pub(crate) fn encode_batch(format: u32, transactions: &[Transaction]) -> Bytes {
+    let batch = wire::TransactionBatch { format, transactions: transactions.iter().map(transaction_to_wire).collect() };
     Bytes::from(batch.encode_to_vec())
 }
 
-/// The transactions of a log payload.
-pub(crate) fn decode_batch(bytes: Bytes) -> Result<Vec<Transaction>, DecodeError> {
+/// The format and the transactions of a log payload.
+pub(crate) fn decode_batch(bytes: Bytes) -> Result<(u32, Vec<Transaction>), DecodeError> {
+    let format = batch_format(bytes.clone(), NEWEST)?;
     let batch = wire::TransactionBatch::decode(bytes)?;
-    if batch.format > FORMAT {
-        return Err(DecodeError::NewerFormat(batch.format));
-    }
-    batch.transactions.into_iter().map(transaction_from_wire).collect()
+    Ok((format, batch.transactions.into_iter().map(transaction_from_wire).collect::<Result<_, _>>()?))
+}
+
+/// The format of a log payload, whatever else is in it.
+pub(crate) fn batch_format(bytes: Bytes, reads: u32) -> Result<u32, DecodeError> {
+    readable(wire::BatchHead::decode(bytes)?.format, reads)
 }
 
 fn transaction_to_wire(transaction: &Transaction) -> wire::Transaction {
@@ -189,6 +198,7 @@ fn expectation_to_wire(expectation: &Expectation) -> wire::Expectation {
             (class, *reference, What::KeyAbsent(named(*class, *index, &key.to_value())))
         }
         Expectation::ClassEmpty(class) => (class, OpaqueRef::NULL, What::ClassEmpty(true)),
+        Expectation::ClassUnchanged(class, since) => (class, OpaqueRef::NULL, What::ClassUnchanged(since.0)),
     };
     wire::Expectation { class: class_name(*class), reference: reference_bytes(reference), what: Some(what) }
 }
@@ -211,6 +221,7 @@ fn expectation_from_wire(expectation: wire::Expectation) -> Result<Expectation, 
             Expectation::KeyAbsent(class, reference, index, Key::from_value(key).ok_or(DecodeError::BadValue)?)
         }
         What::ClassEmpty(_) => Expectation::ClassEmpty(class),
+        What::ClassUnchanged(since) => Expectation::ClassUnchanged(class, LogIndex(since)),
     })
 }
 
@@ -241,6 +252,7 @@ fn write_to_wire(write: &Write) -> wire::Write {
         }
         Write::Touch(class, reference) => (class, reference, What::Touch(true)),
         Write::Delete(class, reference) => (class, reference, What::Delete(true)),
+        Write::Replace(replacement) => (&Staged::ID, &OpaqueRef::NULL, What::Replace(replacement_to_wire(replacement))),
     };
     wire::Write { class: class_name(*class), reference: reference_bytes(*reference), what: Some(what) }
 }
@@ -284,7 +296,68 @@ fn write_from_wire(write: wire::Write) -> Result<Write, DecodeError> {
         }
         What::Touch(_) => Write::Touch(class, reference),
         What::Delete(_) => Write::Delete(class, reference),
+        What::Replace(replacement) => Write::Replace(Arc::new(replacement_from_wire(replacement)?)),
     })
+}
+
+fn replacement_to_wire(replacement: &Replacement) -> wire::Replacement {
+    let kept = |class: ClassId, fields: &[u16]| fields.iter().map(|field| field_name(class, *field)).collect();
+    wire::Replacement {
+        stage: replacement.stage.clone(),
+        parts: replacement.parts,
+        classes: replacement
+            .classes
+            .iter()
+            .map(|(class, fields)| wire::ReplacedClass { class: class_name(*class), kept_fields: kept(*class, fields) })
+            .collect(),
+        keep: replacement
+            .keep
+            .iter()
+            .map(|(class, reference)| wire::RowName {
+                class: class_name(*class),
+                reference: reference_bytes(*reference),
+            })
+            .collect(),
+    }
+}
+
+fn replacement_from_wire(replacement: wire::Replacement) -> Result<Replacement, DecodeError> {
+    let classes = replacement.classes.into_iter().map(|replaced| {
+        let class = class(&replaced.class)?;
+        let kept = replaced.kept_fields.iter().map(|name| field(class, name).map(|(index, _)| index));
+        Ok((class, kept.collect::<Result<_, _>>()?))
+    });
+    let keep = replacement.keep.iter().map(|row| Ok((class(&row.class)?, reference(&row.reference)?)));
+    Ok(Replacement {
+        stage: replacement.stage,
+        parts: replacement.parts,
+        classes: classes.collect::<Result<_, DecodeError>>()?,
+        keep: keep.collect::<Result<_, DecodeError>>()?,
+    })
+}
+
+/// Rows as the content of one part of a stage.
+pub(crate) fn encode_staged(rows: &[StagedRow]) -> String {
+    let rows = rows.iter().map(|row| wire::StoredRow {
+        class: class_name(row.class),
+        reference: reference_bytes(row.reference),
+        created: 0,
+        modified: 0,
+        fields: row.fields.iter().map(|(index, value)| named(row.class, *index, value)).collect(),
+    });
+    let batch = wire::RowBatch { rows: rows.collect(), ..Default::default() };
+    BASE64_STANDARD.encode(batch.encode_to_vec())
+}
+
+/// The rows of one part of a stage.
+pub(crate) fn decode_staged(content: &str) -> Result<Vec<StagedRow>, DecodeError> {
+    let bytes = BASE64_STANDARD.decode(content).map_err(|error| DecodeError::Malformed(error.to_string()))?;
+    let batch = wire::RowBatch::decode(bytes.as_slice())?;
+    let rows = batch.rows.into_iter().map(|row| {
+        let class = class(&row.class)?;
+        Ok(StagedRow { class, reference: reference(&row.reference)?, fields: decode_fields(class, row.fields)? })
+    });
+    rows.collect()
 }
 
 fn decode_fields(class: ClassId, fields: Vec<wire::FieldValue>) -> Result<Vec<(u16, Value)>, DecodeError> {
@@ -339,6 +412,8 @@ pub(crate) fn outcome_to_wire(
         Err(Conflict::Changed(class, reference)) => (0, "changed", *class, *reference),
         Err(Conflict::KeyExists(class, reference)) => (0, "key-exists", *class, *reference),
         Err(Conflict::NotEmpty(class)) => (0, "not-empty", *class, OpaqueRef::NULL),
+        Err(Conflict::ClassChanged(class)) => (0, "class-changed", *class, OpaqueRef::NULL),
+        Err(Conflict::Unstaged) => (0, "unstaged", Staged::NAME, OpaqueRef::NULL),
     };
     wire::StoredOutcome {
         transaction: Bytes::copy_from_slice(transaction.as_bytes()),
@@ -366,6 +441,8 @@ pub(crate) fn outcome_from_wire(
         "changed" => Conflict::Changed(class, reference),
         "key-exists" => Conflict::KeyExists(class, reference),
         "not-empty" => Conflict::NotEmpty(class),
+        "class-changed" => Conflict::ClassChanged(class),
+        "unstaged" => Conflict::Unstaged,
         _ => return Err(DecodeError::BadValue),
     };
     Ok((id, Err(conflict)))

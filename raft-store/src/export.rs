@@ -11,7 +11,7 @@ use prost::Message;
 use proto::raft as wire;
 
 use crate::apply::{Dirty, apply};
-use crate::codec::{DecodeError, FORMAT, outcome_to_wire, row_to_wire};
+use crate::codec::{DecodeError, outcome_to_wire, row_to_wire};
 use crate::disk::{Change, Column, Engine, OpenError, PURGED, Rocks, RowLoader, STATE, VOTE};
 use crate::machine::{head, row_key, tombstone_key, tombstone_to_wire};
 use crate::record;
@@ -109,7 +109,7 @@ fn write(dir: &Path, state: &State, member: &Member, term: u64) -> Result<(), Op
     let membership = Membership::new(vec![[member.node_id].into()], std::collections::BTreeMap::from(nodes))
         .map_err(|error| consensus(error.to_string()))?;
     let stored = wire::StoredState {
-        format: FORMAT,
+        format: state.format,
         last_applied: Some(record::log_id_to_wire(&id)),
         membership: Some(record::stored_membership_to_wire(&StoredMembership::new(Some(id), membership))),
         head: Some(head(state)),

@@ -25,9 +25,8 @@ use proto::raft as wire;
 use tokio::sync::watch;
 use tonic::Status;
 use uuid::Uuid;
-
-use crate::codec::FORMAT;
-
+/// The version of the fence's own file.
+const FORMAT: u32 = 1;
 /// Beside the database's own files.
 pub(crate) const FILE: &str = "fence";
 /// Metadata of a refusal: the name of the loss.

@@ -24,7 +24,7 @@ use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
 
 use crate::apply::{Dirty, apply, trim_history};
-use crate::codec::{FORMAT, outcome_to_wire, row_to_wire};
+use crate::codec::{outcome_to_wire, row_to_wire};
 use crate::disk::{Change, Column, Job, STATE, Stored, Writer};
 use crate::planted::Planted;
 use crate::record;
@@ -62,6 +62,8 @@ struct Inner {
     outcomes: Vec<Uuid>,
     /// Everything on disk is of another history: a snapshot came in.
     replaced: bool,
+    /// The pool's format is newer than what is on disk says.
+    raised: bool,
     next_outcome: u64,
     first_outcome: u64,
 }
@@ -87,6 +89,7 @@ impl Machine {
                 trimmed: Vec::new(),
                 outcomes: Vec::new(),
                 replaced: false,
+                raised: false,
                 next_outcome: stored.next_outcome,
                 first_outcome: stored.next_outcome.saturating_sub(remembered),
             }),
@@ -115,7 +118,7 @@ impl Machine {
     fn collect(&self) -> Option<Vec<Change>> {
         let (state, work) = {
             let mut inner = self.inner.lock();
-            if inner.dirty.is_empty() && inner.outcomes.is_empty() && !inner.replaced {
+            if inner.dirty.is_empty() && inner.outcomes.is_empty() && !inner.replaced && !inner.raised {
                 return None;
             }
             (self.state.load_full(), inner.take())
@@ -140,7 +143,7 @@ impl Machine {
         }
         out.extend(work.forgotten.map(|sequence| Change::Delete(Column::Outcomes, sequence.to_be_bytes().to_vec())));
         let head = wire::StoredState {
-            format: FORMAT,
+            format: state.format,
             last_applied: work.last_applied.as_ref().map(record::log_id_to_wire),
             membership: Some(record::stored_membership_to_wire(&work.membership)),
             head: Some(head(&state)),
@@ -170,6 +173,7 @@ impl Inner {
         let keep_from = self.next_outcome.saturating_sub(crate::state::REMEMBERED_TRANSACTIONS as u64);
         let forgotten = self.first_outcome..keep_from.max(self.first_outcome);
         self.first_outcome = forgotten.end;
+        self.raised = false;
         Work {
             last_applied: self.last_applied,
             membership: self.membership.clone(),
@@ -256,6 +260,7 @@ impl RaftStateMachine<Config> for StateMachine {
         let mut membership = None;
         let mut last = None;
         let mut office = None;
+        let mut raised = false;
         while let Some(next) = entries.next().await {
             let (entry, responder) = next?;
             let id = entry.log_id();
@@ -271,8 +276,10 @@ impl RaftStateMachine<Config> for StateMachine {
                         if !state.remembered.contains_key(&transaction.id()) {
                             remembered.push(transaction.id());
                         }
-                        outcomes.0.push(apply(&mut state, index, transaction, &mut dirty));
+                        outcomes.0.push(apply(&mut state, index, transaction, &mut dirty).map_err(io::Error::other)?);
                     }
+                    raised |= batch.format > state.format;
+                    state.format = state.format.max(batch.format);
                     trim_history(&mut state, index, self.0.history, &mut trimmed);
                     if self.0.planted == Some(Planted::ForgetsTombstones) {
                         state.tombstones = state
@@ -302,6 +309,7 @@ impl RaftStateMachine<Config> for StateMachine {
             inner.dirty.extend(dirty);
             inner.trimmed.extend(trimmed);
             inner.outcomes.extend(remembered);
+            inner.raised |= raised;
             self.0.state.store(Arc::new(state));
         }
         // ORDER: the state first, then who waits for it, then who asked.

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use openraft::errors::ClientWriteError;
 use openraft::impls::ProgressResponder;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::codec::encode_batch;
+use crate::machine::Machine;
 use crate::row::LogIndex;
 use crate::store::{CommitError, Member, NotLeader};
 use crate::transaction::Transaction;
@@ -37,7 +38,7 @@ const LARGEST_BATCH: usize = 512;
 ///
 /// An entry is appended in the term in which this node last took office, or not at all: what becomes of it when the
 /// lead is lost can then be told from the entries of later terms.
-pub(crate) async fn run(raft: Raft, office: watch::Receiver<(u64, LogIndex)>, mut queue: mpsc::Receiver<Proposal>) {
+pub(crate) async fn run(raft: Raft, machine: Arc<Machine>, mut queue: mpsc::Receiver<Proposal>) {
     let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
     let mut tasks = tokio::task::JoinSet::new();
     let mut waiting = Vec::with_capacity(LARGEST_BATCH);
@@ -49,10 +50,11 @@ pub(crate) async fn run(raft: Raft, office: watch::Receiver<(u64, LogIndex)>, mu
         while tasks.try_join_next().is_some() {}
         let (transactions, answers): (Vec<_>, Vec<_>) =
             waiting.drain(..).map(|proposal| (proposal.transaction, proposal.answer)).unzip();
-        let encoded = encode_batch(&transactions);
-        let batch = Batch { transactions: transactions.into(), encoded };
+        let format = machine.state.load().format;
+        let encoded = encode_batch(format, &transactions);
+        let batch = Batch { format, transactions: transactions.into(), encoded };
         let (responder, completed) = ProgressResponder::complete_only();
-        let term = office.borrow().0;
+        let term = machine.office.borrow().0;
         let accepted = raft.write(batch).responder(responder).with_leader(term).await;
         if let Err(fatal) = accepted {
             tracing::error!(%fatal, "consensus has stopped");

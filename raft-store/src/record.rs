@@ -1,7 +1,6 @@
 //! Votes, log ids, entries and memberships as they travel and rest.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use bytes::Bytes;
 use openraft::EntryPayload;
@@ -87,8 +86,8 @@ pub(crate) fn entry(record: wire::LogRecord) -> Result<Entry, DecodeError> {
     let payload = match record.payload.ok_or(DecodeError::BadValue)? {
         Payload::Blank(_) => EntryPayload::Blank,
         Payload::Transactions(encoded) => {
-            let transactions: Arc<[_]> = decode_batch(encoded.clone())?.into();
-            EntryPayload::Normal(Batch { transactions, encoded })
+            let (format, transactions) = decode_batch(encoded.clone())?;
+            EntryPayload::Normal(Batch { format, transactions: transactions.into(), encoded })
         }
         Payload::Membership(inner) => EntryPayload::Membership(membership(inner)?),
     };

@@ -59,6 +59,8 @@ pub(crate) type Outcome = Result<LogIndex, Conflict>;
 pub struct State {
     /// The last entry in it.
     pub applied: LogIndex,
+    /// The newest format that an entry was written in.
+    pub(crate) format: u32,
     pub(crate) clock: Timestamp,
     /// The log's own time, by which history is measured.
     pub(crate) age: Timestamp,
@@ -102,6 +104,7 @@ impl Default for State {
     fn default() -> Self {
         Self {
             applied: LogIndex(0),
+            format: crate::format::OLDEST,
             clock: Timestamp::EPOCH,
             age: Timestamp::EPOCH,
             age_read: Timestamp::EPOCH,

@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::disk::{self, Disk, Engine, OpenError, Opened, Writer};
 use crate::fence::{Fence, Stage};
+use crate::format::{self, Formats, NEWEST, OLDEST, TooNew};
 use crate::leadership::{self, Leadership};
 use crate::log::LogStore;
 use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
@@ -52,9 +53,16 @@ pub struct StoreConfig {
     pub commit_limit: Duration,
     /// A mistake that a test of the tests wants to be found; else none.
     pub planted: Option<Planted>,
+    /// The newest format that is read, if that is not to be this version's: then this node is as one of the version
+    /// that had it, which is what tests of mixed versions need.
+    pub reads: Option<u32>,
 }
 
 impl StoreConfig {
+    fn reads(&self) -> u32 {
+        self.reads.unwrap_or(NEWEST).clamp(OLDEST, NEWEST)
+    }
+
     /// The defaults: fail-over in well under a second on a local network.
     #[must_use]
     pub fn new(dir: PathBuf, node_id: u64, tls: PeerTls) -> Self {
@@ -69,6 +77,7 @@ impl StoreConfig {
             history: History::default(),
             commit_limit: Duration::from_secs(10),
             planted: None,
+            reads: None,
         }
     }
 }
@@ -117,6 +126,9 @@ pub enum CommitError {
     /// The queue is full.
     #[error("too many commits are waiting")]
     Overloaded,
+    /// It takes a format that not every member reads yet.
+    #[error("it takes format {0}, which not every member reads yet")]
+    NotYet(u32),
 }
 
 /// A member of the pool's replicated state.
@@ -153,7 +165,8 @@ impl Store {
         std::fs::create_dir_all(&config.dir)
             .map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
         let dir = config.dir.clone();
-        let opened = offload::blocking(move || disk::open(&dir)).await.map_err(stopped)??;
+        let reads = config.reads();
+        let opened = offload::blocking(move || disk::open(&dir, reads)).await.map_err(stopped)??;
         let peers = Arc::new(config.tls.clone());
         Self::start(config, opened, peers).await
     }
@@ -169,7 +182,8 @@ impl Store {
     ) -> Result<Self, OpenError> {
         let disk = Disk::new(engine);
         let reading = disk.clone();
-        let stored = offload::blocking(move || reading.load()).await.map_err(stopped)??;
+        let reads = config.reads();
+        let stored = offload::blocking(move || reading.load(reads)).await.map_err(stopped)??;
         Self::start(config, Opened { disk, stored, fence: Fence::none() }, peers).await
     }
 
@@ -182,12 +196,18 @@ impl Store {
         let whole = fence.stage() == Stage::Lifted;
         let raft_config = Arc::new(openraft::Config { enable_elect: whole, ..raft_config(&config)? });
         let (telling, losses) = mpsc::channel(readmit::WAITING);
-        let network = PeerFactory { peers: Arc::clone(&peers), losses: telling };
+        let formats = Formats::new(config.reads(), Arc::clone(&machine));
+        let network = PeerFactory { peers: Arc::clone(&peers), losses: telling, formats: formats.clone() };
         let raft = Raft::new(config.node_id, raft_config, network, log, StateMachine(Arc::clone(&machine)))
             .await
             .map_err(|error| OpenError::Consensus(error.to_string()))?;
         let heard = Heard::new();
-        let service = PeerService { raft: Arc::new(OnceLock::new()), heard: heard.clone(), fence: Arc::clone(&fence) };
+        let service = PeerService {
+            raft: Arc::new(OnceLock::new()),
+            heard: heard.clone(),
+            fence: Arc::clone(&fence),
+            formats: formats.clone(),
+        };
         let _ = service.raft.set(raft.clone());
 
         let mut tasks = JoinSet::new();
@@ -202,7 +222,8 @@ impl Store {
             leading,
         ));
         let (proposals, queue) = mpsc::channel(WAITING_COMMITS);
-        tasks.spawn(proposer::run(raft.clone(), machine.office.subscribe(), queue));
+        tasks.spawn(proposer::run(raft.clone(), Arc::clone(&machine), queue));
+        tasks.spawn(format::raise(config.node_id, raft.clone(), formats));
         tasks.spawn(persist(Arc::clone(&machine)));
         tasks.spawn(readmit::run(raft.clone(), peers, losses));
         if !whole {
@@ -304,10 +325,11 @@ impl Store {
     ///
     /// # Errors
     /// [`CommitError`].
-    pub async fn commit(&self, transaction: Transaction) -> Result<LogIndex, CommitError> {
+    pub async fn commit(&self, mut transaction: Transaction) -> Result<LogIndex, CommitError> {
         if !matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. }) {
             return Err(self.not_leader().into());
         }
+        format::fit(&mut transaction, self.state().format).map_err(|TooNew(format)| CommitError::NotYet(format))?;
         let deadline = Instant::now() + self.shared.commit_limit;
         let id = transaction.id();
         let (answer, outcome) = oneshot::channel();
@@ -362,6 +384,12 @@ impl Store {
 
     pub(crate) fn raft(&self) -> &Raft {
         &self.shared.raft
+    }
+
+    /// The format that the pool writes: the newest that all its members have read at some time.
+    #[must_use]
+    pub fn format(&self) -> u32 {
+        self.state().format
     }
 
     pub(crate) fn disk(&self) -> &Disk {

@@ -3,9 +3,12 @@
 //! The leader decides (identifiers, clocks, placement) and writes the decision down; every member
 //! applies it blindly, all or nothing, with the same result.
 
+use std::sync::Arc;
+
 use datamodel::{ClassId, ClassKind, Field, FieldValue, Key, OpaqueRef, Ref, Timestamp, Value};
 use uuid::Uuid;
 
+use crate::replace::Replacement;
 use crate::row::LogIndex;
 
 /// A change of the pool's rows.
@@ -26,6 +29,7 @@ pub(crate) enum Expectation {
     Value(ClassId, OpaqueRef, u16, Value),
     KeyAbsent(ClassId, OpaqueRef, u16, Key),
     ClassEmpty(ClassId),
+    ClassUnchanged(ClassId, LogIndex),
 }
 
 /// One write.
@@ -41,6 +45,7 @@ pub(crate) enum Write {
     /// A change that changes nothing, so that watchers see the object.
     Touch(ClassId, OpaqueRef),
     Delete(ClassId, OpaqueRef),
+    Replace(Arc<Replacement>),
 }
 
 impl Transaction {
@@ -220,6 +225,19 @@ impl Transaction {
         self
     }
 
+    /// No object of the class was made, changed or ended after this index.
+    pub fn expect_class_unchanged(&mut self, class: ClassId, since: LogIndex) -> &mut Self {
+        self.expectations.push(Expectation::ClassUnchanged(class, since));
+        self
+    }
+
+    /// Replaces the rows of whole classes by staged ones, at once however many they are. It is the last write: those
+    /// before it are taken for the state that it finds.
+    pub fn replace(&mut self, replacement: Replacement) -> &mut Self {
+        self.writes.push(Write::Replace(Arc::new(replacement)));
+        self
+    }
+
     /// The class must have no object at all.
     pub fn expect_class_empty(&mut self, class: ClassId) -> &mut Self {
         self.expectations.push(Expectation::ClassEmpty(class));
@@ -284,4 +302,10 @@ pub enum Conflict {
     /// The class has objects.
     #[error("{0} has objects")]
     NotEmpty(&'static str),
+    /// Objects of the class have changed.
+    #[error("{0} has changed")]
+    ClassChanged(&'static str),
+    /// What was staged is not all there.
+    #[error("not all parts are there")]
+    Unstaged,
 }

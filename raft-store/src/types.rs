@@ -13,6 +13,7 @@ use crate::transaction::Transaction;
 /// Transactions that share a log entry, with their encoding: made once, written and sent as it is.
 #[derive(Clone)]
 pub(crate) struct Batch {
+    pub(crate) format: u32,
     pub(crate) transactions: Arc<[Transaction]>,
     pub(crate) encoded: Bytes,
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod agent;
+mod backup;
 mod dispatch;
 mod events;
 mod implicit;

@@ -1,18 +1,26 @@
 //! HTTP: which body is whose, within which limits.
 
 mod body;
+pub(crate) mod raw;
+mod request;
+mod routes;
+mod transfer;
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use body::Pieces;
+use body::Outgoing;
 use bytes::Bytes;
 use controller::{Caller, Transport};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderValue};
 use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
+
+use request::Plain;
+use routes::Target;
+use transfer::{plain, transfer};
 
 use crate::body::Body;
 use crate::calls::{Answer, Protocol, Server};
@@ -24,6 +32,8 @@ const BODY_LIMIT: Duration = Duration::from_secs(60);
 pub(crate) struct Site {
     pub(crate) server: Server,
     pub(crate) largest_body: usize,
+    /// Where HTTPS is served, if it is.
+    pub(crate) https_port: Option<u16>,
 }
 
 /// Where a connection comes from.
@@ -31,6 +41,10 @@ pub(crate) struct Site {
 pub(crate) struct Origin {
     pub(crate) transport: Transport,
     pub(crate) peer: Option<std::net::IpAddr>,
+    /// Whether it is TLS.
+    pub(crate) secure: bool,
+    /// The port it came to.
+    pub(crate) port: Option<u16>,
 }
 
 fn text(headers: &HeaderMap, name: &str) -> String {
@@ -58,22 +72,24 @@ pub(crate) async fn serve(
     site: Arc<Site>,
     origin: Origin,
     request: Request<Incoming>,
-) -> Result<Response<Pieces>, Infallible> {
-    let path = request.uri().path();
-    Ok(match *request.method() {
-        Method::POST if path == "/jsonrpc" || path.starts_with("/jsonrpc/") => {
-            call(&site, &origin, request, Protocol::JsonRpc).await
+) -> Result<Response<Outgoing>, Infallible> {
+    let (method, path) = (request.method(), request.uri().path());
+    Ok(match routes::find(method, path) {
+        Some(Target::Call(protocol)) => call(&site, &origin, request, protocol).await,
+        Some(Target::Handler(handler)) => transfer(&site, &origin, handler, request).await,
+        Some(Target::Page) => page(),
+        None if method == Method::OPTIONS => preflight(request.headers()),
+        None if (method == Method::GET || method == Method::HEAD) && !routes::known(path) => {
+            plain(Plain::page(StatusCode::NOT_FOUND, &format!("Nothing is served at {path}.")))
         }
-        // Whatever else is posted anywhere is XML-RPC: that is where clients fall back to.
-        Method::POST => call(&site, &origin, request, Protocol::XmlRpc).await,
-        Method::OPTIONS => preflight(request.headers()),
-        Method::GET if path == "/" => page(),
-        Method::GET | Method::HEAD => plain(StatusCode::NOT_FOUND, "Nothing is served here.\n"),
-        _ => plain(StatusCode::METHOD_NOT_ALLOWED, "Calls are POSTed to / or /jsonrpc.\n"),
+        None => {
+            let text = format!("{method} is not for {path}. Calls are POSTed to / or /jsonrpc.");
+            plain(Plain::page(StatusCode::METHOD_NOT_ALLOWED, &text))
+        }
     })
 }
 
-async fn call(site: &Site, origin: &Origin, request: Request<Incoming>, protocol: Protocol) -> Response<Pieces> {
+async fn call(site: &Site, origin: &Origin, request: Request<Incoming>, protocol: Protocol) -> Response<Outgoing> {
     let (head, body) = request.into_parts();
     let collected = tokio::time::timeout(BODY_LIMIT, Limited::new(body, site.largest_body).collect()).await;
     let bytes = match collected {
@@ -93,8 +109,8 @@ async fn call(site: &Site, origin: &Origin, request: Request<Incoming>, protocol
     response
 }
 
-fn respond(answer: Answer, close: bool) -> Response<Pieces> {
-    let mut response = Response::new(Pieces(answer.body));
+fn respond(answer: Answer, close: bool) -> Response<Outgoing> {
+    let mut response = Response::new(Outgoing::new(answer.body));
     *response.status_mut() = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
     let content_type = HeaderValue::from_str(&answer.content_type).unwrap_or(HeaderValue::from_static("text/plain"));
@@ -108,8 +124,8 @@ fn respond(answer: Answer, close: bool) -> Response<Pieces> {
     response
 }
 
-fn preflight(asked: &HeaderMap) -> Response<Pieces> {
-    let mut response = Response::new(Pieces(Body::default()));
+fn preflight(asked: &HeaderMap) -> Response<Outgoing> {
+    let mut response = Response::new(Outgoing::new(Body::default()));
     let wanted = text(asked, "access-control-request-headers");
     let allowed = if wanted.is_empty() { "X-Requested-With".to_owned() } else { format!("{wanted}, X-Requested-With") };
     let headers = response.headers_mut();
@@ -121,17 +137,12 @@ fn preflight(asked: &HeaderMap) -> Response<Pieces> {
     response
 }
 
-fn plain(status: StatusCode, text: &'static str) -> Response<Pieces> {
-    let mut response = Response::new(Pieces(Bytes::from_static(text.as_bytes()).into()));
-    *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-    response
-}
-
-fn page() -> Response<Pieces> {
-    let text = "<!doctype html><title>Xenith</title><h1>Xenith</h1>\
-                <p>This host is a member of a Xenith pool and speaks XenAPI: XML-RPC at <code>/</code>, JSON-RPC at <code>/jsonrpc</code>.</p>";
-    let mut response = plain(StatusCode::OK, text);
+/// What this is, for whoever looks with a browser.
+fn page() -> Response<Outgoing> {
+    let text = "<!doctype html><html><head><title>Xenith</title></head><body><h1>Xenith</h1>\
+                <p>This host is a member of a Xenith pool. It speaks XenAPI: XML-RPC at <code>/</code>, JSON-RPC at \
+                <code>/jsonrpc</code>. Connect to it with any XenAPI client.</p></body></html>\n";
+    let mut response = Response::new(Outgoing::new(Bytes::from_static(text.as_bytes())));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/html"));
     response
 }

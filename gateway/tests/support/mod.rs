@@ -1,4 +1,5 @@
 //! A gateway with a stub behind it, and a client that sees every byte.
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,8 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use controller::{Event, EventBatch, Refusal, Reply, Request, Transport};
+use controller::{Credentials, Declined, Event, EventBatch, Inquiry, Opened, Refusal, Reply, Request, Transport, Verb};
 use datamodel::{ApiError, Input, Key, OpaqueRef, Value, errors};
+use futures::StreamExt;
 use gateway::{Calls, ForwardClient, Gateway, GatewayConfig, TlsFiles};
 use raft_store::Member;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -27,6 +29,25 @@ pub struct Stub {
     pub begun: Notify,
     /// Lets `waits` go on.
     pub go_on: Notify,
+    /// Itself, for work that goes on without its caller.
+    pub this: parking_lot::Mutex<Option<std::sync::Weak<Stub>>>,
+    received: parking_lot::Mutex<Vec<String>>,
+    uploaded: Notify,
+}
+
+impl Stub {
+    /// What the next upload brought; a `!` stands for an error at its end.
+    pub async fn received(&self) -> String {
+        let next = async {
+            loop {
+                if let Some(next) = self.received.lock().pop() {
+                    return next;
+                }
+                self.uploaded.notified().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, next).await.expect("nothing was uploaded")
+    }
 }
 
 fn value(input: Input) -> Value {
@@ -48,6 +69,47 @@ fn value(input: Input) -> Value {
 impl Calls for Stub {
     async fn replaced(&self, _: &raft_store::Member) {
         std::future::pending().await
+    }
+
+    async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {
+        let has = |name: &str| inquiry.query.iter().any(|(known, _)| known == name);
+        if has("elsewhere") {
+            return Err(Declined::Redirect(Member {
+                node_id: 2,
+                peer_address: "192.0.2.7:1".into(),
+                api_address: "192.0.2.7".into(),
+            }));
+        }
+        if has("refused") {
+            return Err(Declined::Refused(errors::internal_error("<so>")));
+        }
+        let who = match &inquiry.credentials {
+            Credentials::None => return Err(Declined::Unauthorized),
+            Credentials::Session(session) => format!("session:{session}"),
+            Credentials::Password(user, password) => format!("password:{user}:{password}"),
+        };
+        if inquiry.handler.verb == Verb::Get {
+            let end = has("cut").then(|| Err(std::io::Error::other("cut")));
+            let body = futures::stream::iter([Ok(who.into())].into_iter().chain(end)).boxed();
+            return Ok(Opened::Download { content_type: "application/octet-stream", body });
+        }
+        let (refuse, this) = (has("refuse"), self.this.lock().clone().unwrap());
+        let mut body = inquiry.body;
+        // As the controller does it: nobody has to wait for it.
+        let work = tokio::spawn(async move {
+            let mut text = String::new();
+            while let Some(piece) = body.next().await {
+                text.push_str(&piece.map_or("!".to_owned(), |piece| String::from_utf8(piece.to_vec()).unwrap()));
+            }
+            let this = this.upgrade().unwrap();
+            this.received.lock().insert(0, text);
+            this.uploaded.notify_one();
+            if refuse { Err(errors::restore_target_missing_device("eth0")) } else { Ok(()) }
+        });
+        Ok(Opened::Upload(Box::pin(async move {
+            tokio::task::yield_now().await;
+            work.await.unwrap()
+        })))
     }
 
     async fn call(&self, request: Request) -> Result<Reply, Refusal> {
@@ -123,6 +185,7 @@ impl Running {
         let mut config = config(directory.path());
         adjust(&mut config, directory.path());
         let (stub, shutdown) = (Arc::new(Stub::default()), CancellationToken::new());
+        *stub.this.lock() = Some(Arc::downgrade(&stub));
         let calls: Arc<dyn Calls> = Arc::<Stub>::clone(&stub);
         let gateway = Gateway::start(config, calls, ForwardClient::none(), shutdown.clone()).await.unwrap();
         Self { gateway, stub, shutdown, directory }

@@ -190,7 +190,7 @@ impl StoreBuilder<Config, LogStore, StateMachine, Open> for Builder {
     async fn build(&self) -> Result<(Open, LogStore, StateMachine), StorageError<Config>> {
         let (engine, dir) = (self.0)();
         let disk = Disk::new(engine);
-        let stored = disk.load().unwrap();
+        let stored = disk.load(crate::format::NEWEST).unwrap();
         let writer = Arc::new(Writer::start(disk.engine()).unwrap());
         let log = LogStore::open(disk, Arc::clone(&writer), None).unwrap();
         let history = crate::state::History::default();

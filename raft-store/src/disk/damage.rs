@@ -33,13 +33,13 @@ pub(crate) struct Opened {
 }
 
 /// Opens the database in a folder, or, if it is damaged, an empty one in its place.
-pub(crate) fn open(dir: &Path) -> Result<Opened, OpenError> {
+pub(crate) fn open(dir: &Path, reads: u32) -> Result<Opened, OpenError> {
     let failed = |error: io::Error| OpenError::Consensus(format!("{}: {error}", dir.display()));
     let (fence, in_the_way) = Fence::load(dir).map_err(failed)?;
     if in_the_way {
         put_aside(dir).and_then(|()| fence.cleared()).map_err(failed)?;
     }
-    let damage = match whole(dir) {
+    let damage = match whole(dir, reads) {
         Ok((disk, stored)) => return Ok(Opened { disk, stored, fence }),
         Err(error) if error.is_damage() => error,
         Err(error) => return Err(error),
@@ -48,16 +48,16 @@ pub(crate) fn open(dir: &Path) -> Result<Opened, OpenError> {
         promises nothing until its peers have sent it what it lost");
     fence.raise(Uuid::new_v4()).map_err(failed)?;
     put_aside(dir).and_then(|()| fence.cleared()).map_err(failed)?;
-    let (disk, stored) = whole(dir)?;
+    let (disk, stored) = whole(dir, reads)?;
     Ok(Opened { disk, stored, fence })
 }
 
 /// Opens a database and looks at all of it: each row, each entry, and whether that is all there was.
-fn whole(dir: &Path) -> Result<(Disk, Stored), OpenError> {
+fn whole(dir: &Path, reads: u32) -> Result<(Disk, Stored), OpenError> {
     let rocks = Rocks::open(dir)?;
     let promise = rocks.promise();
     let disk = Disk::new(Arc::new(rocks));
-    let stored = disk.load()?;
+    let stored = disk.load(reads)?;
     let damaged =
         |what: &'static str, found: String| OpenError::Damaged { what, source: DecodeError::Malformed(found) };
     let read = |error: io::Error| damaged("log", error.to_string());

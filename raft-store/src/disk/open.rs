@@ -9,7 +9,8 @@ use proto::raft as wire;
 
 use super::engine::{Column, Engine};
 use crate::apply::link;
-use crate::codec::{DecodeError, FORMAT, class, outcome_from_wire, reference, row_from_wire};
+use crate::codec::{DecodeError, class, outcome_from_wire, reference, row_from_wire};
+use crate::format::{admit_bytes, readable};
 use crate::record;
 use crate::row::LogIndex;
 use crate::state::{State, Tombstone};
@@ -38,6 +39,16 @@ pub enum OpenError {
         /// Why.
         source: DecodeError,
     },
+    /// It was written by a newer version. Nothing is lost: that version reads it.
+    #[error(
+        "the database is of format {found}, this version reads up to {reads}: start the newer version again, or upgrade this host"
+    )]
+    Newer {
+        /// Its format.
+        found: u32,
+        /// The newest that this version reads.
+        reads: u32,
+    },
     /// openraft refused to start.
     #[error("consensus cannot start: {0}")]
     Consensus(String),
@@ -57,7 +68,7 @@ impl OpenError {
                 source.kind() == rocksdb::ErrorKind::Corruption || source.as_ref().contains("No such file")
             }
             Self::Damaged { source, .. } => matches!(source, DecodeError::Malformed(_) | DecodeError::BadValue),
-            Self::Consensus(_) | Self::Certificates(_) | Self::Timings(_) => false,
+            Self::Newer { .. } | Self::Consensus(_) | Self::Certificates(_) | Self::Timings(_) => false,
         }
     }
 }
@@ -136,19 +147,26 @@ impl Disk {
     }
 
     /// The state as it was last persisted. What the log has beyond it is applied anew.
-    pub(crate) fn load(&self) -> Result<Stored, OpenError> {
-        let damaged = |what: &'static str| move |source: DecodeError| OpenError::Damaged { what, source };
+    pub(crate) fn load(&self, reads: u32) -> Result<Stored, OpenError> {
+        let damaged = |what: &'static str| {
+            move |source: DecodeError| match source {
+                DecodeError::NewerFormat { found, reads } => OpenError::Newer { found, reads },
+                source => OpenError::Damaged { what, source },
+            }
+        };
         let io = |what: &'static str| {
             move |error: std::io::Error| OpenError::Damaged { what, source: DecodeError::Malformed(error.to_string()) }
         };
         let mut state = State::default();
-        let Some(bytes) = self.meta(STATE).map_err(io("state"))? else {
+        let stored = self.meta(STATE).map_err(io("state"))?;
+        let stored = stored.map(wire::StoredState::decode).transpose();
+        let stored = stored.map_err(|error| damaged("state")(error.into()))?;
+        let applied = stored.as_ref().and_then(|stored| stored.last_applied.as_ref()).map_or(0, |id| id.index);
+        self.admit_log(applied + 1, reads).map_err(damaged("log"))?;
+        let Some(stored) = stored else {
             return Ok(Stored { state, last_applied: None, membership: StoredMembership::default(), next_outcome: 0 });
         };
-        let stored = wire::StoredState::decode(bytes).map_err(|error| damaged("state")(error.into()))?;
-        if stored.format > FORMAT {
-            return Err(damaged("state")(DecodeError::NewerFormat(stored.format)));
-        }
+        state.format = readable(stored.format, reads).map_err(damaged("state"))?;
         let head = stored.head.unwrap_or_default();
         state.resume(&head);
         let mut rows = RowLoader { state: &mut state };
@@ -167,6 +185,18 @@ impl Disk {
             membership: membership.unwrap_or_default(),
             next_outcome,
         })
+    }
+
+    /// Looks, before anything else is done, whether every entry that has to be applied anew can be read.
+    fn admit_log(&self, start: u64, reads: u32) -> Result<(), DecodeError> {
+        let failed = |text: String| DecodeError::Malformed(text);
+        for item in self.engine.scan(Column::Log, &start.to_be_bytes()) {
+            let (_, bytes) = item.map_err(|error| failed(error.to_string()))?;
+            if let Some(wire::log_record::Payload::Transactions(encoded)) = wire::LogRecord::decode(bytes)?.payload {
+                admit_bytes(encoded, reads)?;
+            }
+        }
+        Ok(())
     }
 
     fn each(

@@ -25,6 +25,7 @@ use tower::util::BoxCloneSyncService;
 use super::snapshot;
 use crate::disk::OpenError;
 use crate::fence::loss_of;
+use crate::format::{Formats, OLDEST};
 use crate::machine::StateSnapshot;
 use crate::readmit::Loss;
 use crate::record;
@@ -115,6 +116,7 @@ impl Dial for PeerTls {
 pub(crate) struct PeerFactory {
     pub(crate) peers: Arc<dyn Dial>,
     pub(crate) losses: mpsc::Sender<Loss>,
+    pub(crate) formats: Formats,
 }
 
 impl RaftNetworkFactory<Config> for PeerFactory {
@@ -130,7 +132,8 @@ impl RaftNetworkFactory<Config> for PeerFactory {
                 .max_decoding_message_size(LARGEST_MESSAGE)
                 .max_encoding_message_size(LARGEST_MESSAGE)
         });
-        Peer { target, client, failures: 0, losses: self.losses.clone() }
+        let (formats, losses) = (self.formats.clone(), self.losses.clone());
+        Peer { target, client, formats, failures: 0, losses }
     }
 }
 
@@ -138,6 +141,7 @@ impl RaftNetworkFactory<Config> for PeerFactory {
 pub(crate) struct Peer {
     target: u64,
     client: Option<RaftClient<PeerChannel>>,
+    formats: Formats,
     /// Streams that did not come about, in a row.
     failures: u32,
     /// Where it is told that the peer has lost its database.
@@ -160,6 +164,23 @@ fn failed(status: &tonic::Status) -> Rpc {
 impl Peer {
     fn client(&self) -> Result<RaftClient<PeerChannel>, Rpc> {
         self.client.clone().ok_or_else(|| unreachable("no channel"))
+    }
+
+    /// Asks what the member reads. It gets nothing that it does not read.
+    async fn agree(&self, client: &mut RaftClient<PeerChannel>) -> Result<(), Rpc> {
+        let question = wire::FormatsRequest { writes: self.formats.level() };
+        let asked = async {
+            match client.formats(question).await {
+                Ok(reply) => Ok(reply.into_inner().reads),
+                Err(status) if status.code() == tonic::Code::Unimplemented => Ok(OLDEST),
+                Err(status) => Err(status),
+            }
+        };
+        let reads = self.limited(RPCTypes::AppendEntries, CONNECT_LIMIT, asked).await?;
+        if self.formats.heard(self.target, reads) {
+            return Ok(());
+        }
+        Err(unreachable("it does not read the pool's format"))
     }
 
     async fn limited<T>(
@@ -229,6 +250,9 @@ impl RaftNetworkV2<Config> for Peer {
     ) -> Result<AppendEntriesResponse<Config>, Rpc> {
         let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
         let mut client = self.client()?;
+        if !self.formats.suits(self.target) {
+            self.agree(&mut client).await?;
+        }
         let request = futures::stream::iter([append_to_wire(&rpc)]);
         let call = async move {
             let mut replies = client.append(request).await?.into_inner();
@@ -256,7 +280,11 @@ impl RaftNetworkV2<Config> for Peer {
             let requests = input.map(|request| append_to_wire(&request));
             // The head of the answer comes at once; how long each reply takes is openraft's to judge.
             let limit = option.hard_ttl().max(CONNECT_LIMIT);
-            let replies = match self.limited(RPCTypes::AppendEntries, limit, client.append(requests)).await {
+            let begun = async {
+                self.agree(&mut client.clone()).await?;
+                self.limited(RPCTypes::AppendEntries, limit, client.append(requests)).await
+            };
+            let replies = match begun.await {
                 Ok(replies) => replies.into_inner(),
                 Err(error) => {
                     // openraft waits only where it is asked for entries, and a connection that is refused never
@@ -289,6 +317,7 @@ impl RaftNetworkV2<Config> for Peer {
         option: RPCOption,
     ) -> Result<SnapshotResponse<Config>, StreamingError<Config>> {
         let mut client = self.client()?;
+        self.agree(&mut client).await?;
         tracing::info!(target = self.target, index = snapshot.snapshot.0.applied.0, "sending a snapshot");
         let frames = snapshot::frames(vote, snapshot);
         let limit = option.hard_ttl().max(Duration::from_secs(120));

@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::snapshot::Assembly;
 use crate::codec::DecodeError;
 use crate::fence::Fence;
+use crate::format::{Formats, admit, admit_bytes};
 use crate::record;
 use crate::types::{Config, Raft, Vote};
 
@@ -23,6 +24,7 @@ pub(crate) struct PeerService {
     pub(crate) raft: Arc<std::sync::OnceLock<Raft>>,
     pub(crate) heard: Heard,
     pub(crate) fence: Arc<Fence>,
+    pub(crate) formats: Formats,
 }
 
 /// When a leader was last heard: what openraft knows of the leader outlives the leader.
@@ -55,6 +57,7 @@ impl PeerService {
 }
 
 fn malformed(error: &DecodeError) -> Status {
+    tracing::error!(%error, "what a peer sends cannot be read");
     Status::invalid_argument(error.to_string())
 }
 
@@ -64,16 +67,19 @@ fn vote(ballot: Option<&wire::Ballot>) -> Result<Vote, Status> {
 }
 
 #[allow(clippy::result_large_err)]
-fn append_request(request: wire::AppendRequest) -> Result<AppendEntriesRequest<Config>, Status> {
+fn append_request(request: wire::AppendRequest, reads: u32) -> Result<AppendEntriesRequest<Config>, Status> {
+    let entry = |record: wire::LogRecord| {
+        if let Some(wire::log_record::Payload::Transactions(encoded)) = &record.payload {
+            admit_bytes(encoded.clone(), reads)?;
+        }
+        let entry = record::entry(record)?;
+        admit(&entry, reads)?;
+        Ok(entry)
+    };
     Ok(AppendEntriesRequest {
         vote: vote(request.vote.as_ref())?,
         prev_log_id: request.previous.as_ref().map(record::log_id),
-        entries: request
-            .entries
-            .into_iter()
-            .map(record::entry)
-            .collect::<Result<_, _>>()
-            .map_err(|error| malformed(&error))?,
+        entries: request.entries.into_iter().map(entry).collect::<Result<_, _>>().map_err(|error| malformed(&error))?,
         leader_commit: request.leader_commit.as_ref().map(record::log_id),
     })
 }
@@ -90,9 +96,9 @@ impl Service for PeerService {
         let raft = self.raft()?;
         self.fence.may_follow(u64::MAX)?;
         // A request that cannot be read ends the stream: the leader starts another one.
-        let (heard, fence) = (self.heard.clone(), Arc::clone(&self.fence));
+        let (heard, fence, reads) = (self.heard.clone(), Arc::clone(&self.fence), self.formats.reads);
         let requests = request.into_inner().map(move |request| {
-            let request = append_request(request?)?;
+            let request = append_request(request?, reads)?;
             fence.may_follow(request.vote.leader_id().term)?;
             heard.now();
             Ok::<_, Status>(request)
@@ -114,6 +120,18 @@ impl Service for PeerService {
             Ok(wire::AppendReply { result: Some(result) })
         });
         Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn formats(&self, request: Request<wire::FormatsRequest>) -> Result<Response<wire::FormatsReply>, Status> {
+        let (writes, reads) = (request.into_inner().writes, self.formats.reads);
+        if writes > reads {
+            tracing::error!(
+                writes,
+                reads,
+                "the pool writes a newer format than this version reads: it gets nothing until this host is upgraded"
+            );
+        }
+        Ok(Response::new(wire::FormatsReply { reads }))
     }
 
     async fn vote(&self, request: Request<wire::VoteRequest>) -> Result<Response<wire::VoteReply>, Status> {
@@ -155,7 +173,7 @@ impl Service for PeerService {
         let raft = self.raft()?;
         self.fence.may_follow(u64::MAX)?;
         let mut frames = request.into_inner();
-        let mut assembly = Assembly::default();
+        let mut assembly = Assembly::new(self.formats.reads);
         while let Some(frame) = frames.message().await? {
             assembly.add(frame).map_err(|error| malformed(&error))?;
         }

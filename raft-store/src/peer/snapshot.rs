@@ -11,8 +11,9 @@ use prost::Message;
 use proto::raft as wire;
 use proto::raft::snapshot_frame::Frame;
 
-use crate::codec::{DecodeError, FORMAT, outcome_to_wire, row_to_wire};
+use crate::codec::{DecodeError, outcome_to_wire, row_to_wire};
 use crate::disk::RowLoader;
+use crate::format::readable;
 use crate::machine::{StateSnapshot, head, tombstone_to_wire};
 use crate::record;
 use crate::state::{ChangeKey, State};
@@ -72,7 +73,7 @@ impl Frames {
 
     fn header(&self) -> wire::SnapshotHeader {
         wire::SnapshotHeader {
-            format: FORMAT,
+            format: self.state().format,
             vote: Some(record::vote_to_wire(&self.vote)),
             last: self.snapshot.meta.last_log_id.as_ref().map(record::log_id_to_wire),
             membership: Some(record::stored_membership_to_wire(&self.snapshot.meta.last_membership)),
@@ -142,8 +143,8 @@ impl Checksum {
 }
 
 /// A snapshot that is arriving.
-#[derive(Default)]
 pub(crate) struct Assembly {
+    reads: u32,
     header: Option<wire::SnapshotHeader>,
     state: State,
     rows: u64,
@@ -152,10 +153,16 @@ pub(crate) struct Assembly {
 }
 
 impl Assembly {
+    pub(crate) fn new(reads: u32) -> Self {
+        Self { reads, header: None, state: State::default(), rows: 0, checksum: Checksum::default(), complete: false }
+    }
+
     pub(crate) fn add(&mut self, frame: wire::SnapshotFrame) -> Result<(), DecodeError> {
         match frame.frame.ok_or(DecodeError::BadValue)? {
-            Frame::Header(header) if header.format > FORMAT => return Err(DecodeError::NewerFormat(header.format)),
-            Frame::Header(header) => self.header = Some(header),
+            Frame::Header(header) => {
+                self.state.format = readable(header.format, self.reads)?;
+                self.header = Some(header);
+            }
             Frame::Rows(batch) => {
                 let mut loader = RowLoader { state: &mut self.state };
                 for row in batch.rows {

@@ -1,0 +1,196 @@
+//! Versions of what is replicated: what this program reads, and what the pool writes.
+//!
+//! Every entry carries the format that it is written in. The pool as a whole is at one *level*: the newest format that
+//! any applied entry had. A leader writes at the level, so that whoever could read the pool yesterday can read it
+//! today. It raises the level by an empty entry of a newer format, once every member, voter or learner, has told it
+//! that it reads that one; nothing lowers it. A member is asked what it reads before anything is sent to it, and gets
+//! nothing that it does not read.
+//!
+//! What a format brought is said where it is: `format = N` at a field or class of the model, and [`needed`] here.
+//! Below that level a field keeps its default (writes of it are left out), and what cannot be left out is refused. A
+//! name that a member does not know therefore never reaches it; if one does all the same, it is refused and never
+//! guessed at.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use datamodel::ClassId;
+use openraft::EntryPayload;
+use openraft::async_runtime::WatchReceiver as _;
+use parking_lot::Mutex;
+
+use crate::codec::{DecodeError, batch_format, encode_batch};
+use crate::machine::Machine;
+use crate::store::leads;
+use crate::transaction::{Expectation, Transaction, Write};
+use crate::types::{Batch, Entry, Raft};
+
+/// The first release's.
+pub(crate) const OLDEST: u32 = 1;
+/// The newest that this version reads, and that it writes once every member reads it.
+///
+/// 2: transactions in parts (the class `staged`, the write `replace`, the expectation `class_unchanged`).
+pub(crate) const NEWEST: u32 = 2;
+
+/// The leader looks so often whether the level can be raised.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+const RAISE_LIMIT: Duration = Duration::from_secs(5);
+
+/// A format, if it can be read.
+pub(crate) fn readable(format: u32, reads: u32) -> Result<u32, DecodeError> {
+    // Nothing of the first release had another one.
+    let format = format.max(OLDEST);
+    if format > reads { Err(DecodeError::NewerFormat { found: format, reads }) } else { Ok(format) }
+}
+
+/// Refuses what a member that reads up to `reads` cannot read, the payload's format first, then every name in it.
+pub(crate) fn admit(entry: &Entry, reads: u32) -> Result<(), DecodeError> {
+    let EntryPayload::Normal(batch) = &entry.payload else { return Ok(()) };
+    readable(batch.format, reads)?;
+    batch.transactions.iter().try_for_each(|transaction| readable(needed(transaction), reads).map(drop))
+}
+
+/// The same of a payload that has not been decoded.
+pub(crate) fn admit_bytes(encoded: Bytes, reads: u32) -> Result<(), DecodeError> {
+    batch_format(encoded, reads).map(drop)
+}
+
+/// A transaction needs a newer format than the pool is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TooNew(pub(crate) u32);
+
+/// What the names in a transaction need.
+fn needed(transaction: &Transaction) -> u32 {
+    let writes = transaction.writes.iter().map(|write| match write {
+        Write::Insert(class, _, fields) => fields
+            .iter()
+            .map(|(index, _)| field_format(*class, *index))
+            .max()
+            .unwrap_or(OLDEST)
+            .max(class_format(*class)),
+        Write::Set(class, _, field, _)
+        | Write::AddToSet(class, _, field, _)
+        | Write::RemoveFromSet(class, _, field, _)
+        | Write::InsertInMap(class, _, field, ..)
+        | Write::RemoveFromMap(class, _, field, _) => class_format(*class).max(field_format(*class, *field)),
+        Write::Touch(class, _) | Write::Delete(class, _) => class_format(*class),
+        Write::Replace(_) => 2,
+    });
+    let expectations = transaction.expectations.iter().map(|expectation| match expectation {
+        Expectation::Value(class, _, field, _) | Expectation::KeyAbsent(class, _, field, _) => {
+            class_format(*class).max(field_format(*class, *field))
+        }
+        Expectation::Exists(class, _)
+        | Expectation::Absent(class, _)
+        | Expectation::Unmodified(class, ..)
+        | Expectation::ClassEmpty(class) => class_format(*class),
+        Expectation::ClassUnchanged(..) => 2,
+    });
+    writes.chain(expectations).max().unwrap_or(OLDEST)
+}
+
+fn class_format(class: ClassId) -> u32 {
+    class.def().format
+}
+
+fn field_format(class: ClassId, field: u16) -> u32 {
+    class.def().field_def(field).map_or(OLDEST, |def| def.format)
+}
+
+/// Makes a transaction fit a level: writes of fields that are newer are left out, and so are expectations that such
+/// fields meet by their defaults.
+pub(crate) fn fit(transaction: &mut Transaction, level: u32) -> Result<(), TooNew> {
+    if needed(transaction) <= level {
+        return Ok(());
+    }
+    let old = |class: &ClassId, field: &u16| field_format(*class, *field) <= level;
+    transaction.writes.retain_mut(|write| match write {
+        Write::Insert(class, _, fields) => {
+            fields.retain(|(field, _)| old(class, field));
+            true
+        }
+        Write::Set(class, _, field, _)
+        | Write::AddToSet(class, _, field, _)
+        | Write::RemoveFromSet(class, _, field, _)
+        | Write::InsertInMap(class, _, field, ..)
+        | Write::RemoveFromMap(class, _, field, _) => class_format(*class) > level || old(class, field),
+        Write::Touch(..) | Write::Delete(..) | Write::Replace(_) => true,
+    });
+    transaction.expectations.retain(|expectation| match expectation {
+        Expectation::Value(class, _, field, value) => {
+            old(class, field) || class.def().field_def(*field).is_none_or(|def| def.default != *value)
+        }
+        Expectation::KeyAbsent(class, _, field, _) => old(class, field),
+        _ => true,
+    });
+    let needs = needed(transaction);
+    if needs > level { Err(TooNew(needs)) } else { Ok(()) }
+}
+
+/// What this member reads, and what the others have said that they read.
+#[derive(Clone)]
+pub(crate) struct Formats {
+    /// The newest that this member reads.
+    pub(crate) reads: u32,
+    machine: Arc<Machine>,
+    others: Arc<Mutex<BTreeMap<u64, u32>>>,
+}
+
+impl Formats {
+    pub(crate) fn new(reads: u32, machine: Arc<Machine>) -> Self {
+        Self { reads: reads.clamp(OLDEST, NEWEST), machine, others: Arc::default() }
+    }
+
+    /// What the pool writes.
+    pub(crate) fn level(&self) -> u32 {
+        self.machine.state.load().format
+    }
+
+    /// Whether a member is known to read what the pool writes.
+    pub(crate) fn suits(&self, node: u64) -> bool {
+        self.others.lock().get(&node).is_some_and(|reads| *reads >= self.level())
+    }
+
+    /// A member has said what it reads. Whether it reads what the pool writes.
+    pub(crate) fn heard(&self, node: u64, reads: u32) -> bool {
+        let (level, before) = (self.level(), self.others.lock().insert(node, reads));
+        if reads < level && before != Some(reads) {
+            tracing::error!(node, reads, level, "a member of an older version gets nothing: upgrade it");
+        }
+        reads >= level
+    }
+
+    /// The newest format that these members all read; none while one has not said.
+    fn common(&self, nodes: impl IntoIterator<Item = u64>, this: u64) -> Option<u32> {
+        let others = self.others.lock();
+        let reads =
+            nodes.into_iter().map(|node| if node == this { Some(self.reads) } else { others.get(&node).copied() });
+        reads.min().flatten()
+    }
+}
+
+/// Raises the level whenever this node leads and every member reads a newer one. Ends with the store.
+pub(crate) async fn raise(this: u64, raft: Raft, formats: Formats) {
+    let metrics = raft.metrics();
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        let level = formats.level();
+        if level >= formats.reads {
+            continue;
+        }
+        let common = {
+            let metrics = metrics.borrow_watched();
+            let nodes: Vec<u64> = metrics.membership_config.membership().nodes().map(|(id, _)| *id).collect();
+            if leads(metrics.state) { formats.common(nodes, this) } else { None }
+        };
+        let Some(format) = common.filter(|common| *common > level) else { continue };
+        let batch = Batch { format, transactions: Arc::from([]), encoded: encode_batch(format, &[]) };
+        match tokio::time::timeout(RAISE_LIMIT, raft.client_write(batch)).await {
+            Ok(Ok(_)) => tracing::info!(format, "every member reads a newer format: the pool goes over to it"),
+            Ok(Err(error)) => tracing::debug!(%error, "the pool's format is raised later"),
+            Err(_) => tracing::debug!("the pool's format is raised later"),
+        }
+    }
+}
