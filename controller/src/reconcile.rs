@@ -72,6 +72,10 @@ pub(crate) async fn run(shared: &Arc<Shared>, epoch: LogIndex, term: Cancellatio
 
 /// Follows one host for ever: connects, listens, and shows it dead when it is silent.
 async fn follow(shared: &Arc<Shared>, reference: Ref<Member>, epoch: LogIndex) {
+    if let Some(row) = shared.store.state().row(reference) {
+        // A connection from an earlier membership says nothing of this one.
+        shared.agents.forget(&row.get(member::AGENT_ADDRESS));
+    }
     let mut heard = tokio::time::Instant::now();
     loop {
         if let Err(reason) = listen(shared, reference, epoch, &mut heard).await {

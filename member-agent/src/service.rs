@@ -62,6 +62,7 @@ impl AgentCalls for Service {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::AgentEvent, Status>> + Send>>;
 
     async fn hello(&self, request: Request<wire::HelloRequest>) -> Result<Response<wire::HelloReply>, Status> {
+        self.identity.check(&request)?;
         let hello = request.into_inner();
         self.admit(hello.pool, hello.epoch).await?;
         let features = self.hypervisor.features();
@@ -79,6 +80,7 @@ impl AgentCalls for Service {
     }
 
     async fn perform(&self, request: Request<wire::Step>) -> Result<Response<wire::Outcome>, Status> {
+        self.identity.check(&request)?;
         let step = request.into_inner();
         if step.operation.is_empty() {
             return Err(Status::invalid_argument("a step needs the id of its operation"));
@@ -93,6 +95,7 @@ impl AgentCalls for Service {
     }
 
     async fn watch(&self, request: Request<wire::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        self.identity.check(&request)?;
         let watch = request.into_inner();
         self.admit(watch.pool, watch.epoch).await?;
         let (events, stream) = mpsc::channel(64);

@@ -43,6 +43,34 @@ async fn only_a_peer_with_a_certificate_of_the_pool_is_heard() {
 }
 
 #[tokio::test]
+async fn a_host_of_another_pool_hears_nobody_of_the_last_one_not_even_on_a_connection_of_before() {
+    let place = tempfile::tempdir().unwrap();
+    // As a controller takes another seat: a whole directory, in one step.
+    let current = place.path().join("current");
+    let mut host = Host::start_with("sim", |config| config.identity = Some(current.clone())).await;
+    let mut old = host.client().await;
+    old.hello().await.expect("it is of this pool");
+    let mut watched = old.watch().await;
+
+    let next = authority();
+    let (shown, key) = certificate(&next);
+    let seat = place.path().join("seat");
+    fs::create_dir(&seat).unwrap();
+    for (name, text) in [("ca.pem", next.pem()), ("host.pem", shown), ("host.key", key)] {
+        fs::write(seat.join(name), text).unwrap();
+    }
+    std::os::unix::fs::symlink(&seat, &current).unwrap();
+    old.hello().await.expect_err("the last pool has nothing to say any more");
+    let silent = async { while let Ok(Some(_)) = watched.stream.message().await {} };
+    tokio::time::timeout(PATIENCE, silent).await.expect("nor anything to hear");
+
+    host.authority = next;
+    let mut new = host.client().await;
+    let hello = new.hello().await.expect("the next pool is heard");
+    assert_eq!(hello.authorities, host.authority.pem());
+}
+
+#[tokio::test]
 async fn the_agent_tells_what_its_host_is() {
     let host = Host::start("sim").await;
     let hello = host.client().await.hello().await.expect("hello");

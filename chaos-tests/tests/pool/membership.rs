@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use crate::support::{SOON, new_vm, other_master, refusal, text, until};
+use crate::support::{SOON, lives, new_vm, other_master, refusal, text, until};
 
 /// How soon the pool must show that a host is dead.
 const DEATH_SHOWN: Duration = Duration::from_secs(5);
@@ -303,24 +303,44 @@ async fn a_host_that_is_killed_while_it_joins_is_of_one_pool_or_of_the_other_and
     let data: PathBuf = lab.dir().join("host4/controller");
     let mut pool = lab.client().await.unwrap();
     let mut there = Client::connect(vec![newcomer.endpoint().unwrap()], lab.made().credentials()).await.unwrap();
+    // It was of the pool before: whatever is left of that must not speak for it.
+    there.call("pool.join", target(&lab)).await.unwrap();
+    let host = until_member(&mut pool, &newcomer.uuid).await;
+    pool.call("pool.eject", json!([host])).await.unwrap();
+    until(SOON, "the host to be a pool of its own", async || {
+        view(&lab, &newcomer).await.ok().filter(|view| view.pool != ours && view.hosts.len() == 1)
+    })
+    .await;
+    let mut there = Client::connect(vec![newcomer.endpoint().unwrap()], lab.made().credentials()).await.unwrap();
+    until_member(&mut there, &newcomer.uuid).await;
     let vm = new_vm(&mut there, "of one pool").await;
     there.call("VM.provision", json!([vm])).await.unwrap();
     let uuid = text(&there.call("VM.get_uuid", json!([vm])).await.unwrap());
 
-    // As soon as it asks to be let in; when its seat is being furnished; when it has just taken it.
-    for (round, point) in ["asks", "seat.json", "current"].into_iter().enumerate() {
+    // As soon as it asks to be let in; when its seat is begun; when it is furnished; when it has just been taken.
+    let before = std::fs::read_link(data.join("current")).unwrap();
+    for (round, point) in ["asks", "another seat", "seat.json", "taken"].into_iter().enumerate() {
         let pid = lab.status().await.unwrap().host("host4").unwrap().controller_pid.unwrap();
         let mut joiner = there.at(&newcomer.endpoint().unwrap());
         let join = target(&lab);
         let asked = tokio::spawn(async move { joiner.call("pool.join", join).await });
-        let place = data.clone();
+        let (place, before) = (data.clone(), before.clone());
+        let others = move |holds: &dyn Fn(PathBuf) -> bool| {
+            let seats = std::fs::read_dir(&place).unwrap().flatten().map(|entry| entry.path());
+            let others = seats
+                .filter(|seat| seat.file_name() != before.file_name() && seat.to_string_lossy().contains("/seat-"));
+            others.into_iter().any(holds)
+                || (point == "taken" && std::fs::read_link(place.join("current")).unwrap() != before)
+        };
         let seen = move || match point {
-            "current" => place.join("current").exists(),
             "asks" => true,
-            file => std::fs::read_dir(&place).unwrap().flatten().any(|entry| entry.path().join(file).exists()),
+            "another seat" => others(&|_| true),
+            "seat.json" => others(&|seat| seat.join("seat.json").exists()),
+            _ => others(&|_| false),
         };
         kill_when(pid, seen).await;
         let _ = asked.await.unwrap();
+        until(SOON, "its end", async || (!lives(pid)).then_some(())).await;
         lab.start("host4", What::Host).await.unwrap();
         let seen = until(SOON, "the host to be of a pool", async || view(&lab, &newcomer).await.ok()).await;
         let known = pool.call("host.get_by_uuid", json!([newcomer.uuid])).await.is_ok();

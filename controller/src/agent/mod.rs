@@ -62,6 +62,11 @@ impl Agents {
         Self { connect: Box::new(connect), known: Mutex::new(HashMap::new()) }
     }
 
+    /// The next who asks for that address connects anew, and so learns who is there now.
+    pub(crate) fn forget(&self, address: &str) {
+        self.known.lock().remove(address);
+    }
+
     /// The agent at an address.
     ///
     /// # Errors

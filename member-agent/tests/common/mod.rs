@@ -237,7 +237,7 @@ impl Client {
 }
 
 pub struct Watching {
-    stream: Streaming<AgentEvent>,
+    pub stream: Streaming<AgentEvent>,
 }
 
 impl Watching {
