@@ -37,7 +37,9 @@ async fn set_the_clocks(wrong_for: Duration) {
     let before: usize = elections();
     for jump in [10 * DAY, -10 * DAY, 3600, 0] {
         std::fs::write(offset(&master), jump.to_string()).unwrap();
-        sleep(wrong_for).await;
+        if jump == 10 * DAY {
+            sleep(wrong_for).await;
+        }
         load.some_more(SOME).await.unwrap();
     }
     assert_eq!(elections(), before, "a clock cost the master its office");

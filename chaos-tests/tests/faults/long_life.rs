@@ -69,7 +69,7 @@ async fn the_disk_stays_bounded_and_a_host_that_was_away_too_long_is_sent_the_st
 
     // Several times what the disk may hold.
     let (mut written, mut most) = (0, 0);
-    while written < 3 * BOUND {
+    while written < 2 * BOUND {
         write_much(&client, &vms, 400).await;
         written += 400 * LARGE as u64;
         let stays = lab.made().hosts.iter().filter(|host| host.name != away);
