@@ -12,30 +12,32 @@ use crate::model::{ClassDef, model};
 
 const PREFIX: &str = "OpaqueRef:";
 
-/// A reference whose class is not known to the compiler. Sixteen bytes; the nil UUID is `OpaqueRef:NULL`.
+/// A reference whose class is not known to the compiler. Sixteen bytes, as two words, for rows are full of them and a
+/// number of 128 bits would have them padded; the nil UUID is `OpaqueRef:NULL`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
-pub struct OpaqueRef(u128);
+pub struct OpaqueRef(u64, u64);
 
 impl OpaqueRef {
     /// The null reference.
-    pub const NULL: Self = Self(0);
+    pub const NULL: Self = Self(0, 0);
 
     /// The reference with these bits.
     #[must_use]
     pub const fn from_uuid(uuid: Uuid) -> Self {
-        Self(uuid.as_u128())
+        let (high, low) = uuid.as_u64_pair();
+        Self(high, low)
     }
 
     /// The bits, as a UUID. Not the object's `uuid` field.
     #[must_use]
     pub const fn bits(self) -> Uuid {
-        Uuid::from_u128(self.0)
+        Uuid::from_u64_pair(self.0, self.1)
     }
 
     /// Whether this is `OpaqueRef:NULL`.
     #[must_use]
     pub const fn is_null(self) -> bool {
-        self.0 == 0
+        self.0 == 0 && self.1 == 0
     }
 
     /// Appends the wire form without allocating.
