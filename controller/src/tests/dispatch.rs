@@ -8,6 +8,7 @@ use raft_store::Row;
 
 use super::{Pool, fits, plain, reference, text, value};
 use crate::call::{Reply, Transport};
+use crate::membership::emergency;
 use crate::{api, dispatch, events};
 
 const NO_SESSION: &str = "OpaqueRef:00000000-0000-4000-8000-000000000000";
@@ -84,7 +85,10 @@ async fn every_message_takes_arguments_of_its_types_and_answers_with_its_own() {
         if message.takes_session {
             params.insert(0, text(&pool.root));
         }
-        let served = api::handler(name).is_some() || message.implicit.is_some() || events::serves(message);
+        let served = api::handler(name).is_some()
+            || message.implicit.is_some()
+            || events::serves(message)
+            || emergency::serves(name);
         match pool.call(name, params).await {
             Ok(Reply::Value(answer)) => assert!(fits(&message.result, &answer), "{name}: {answer:?}"),
             Ok(_) => {}
