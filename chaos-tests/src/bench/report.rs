@@ -171,7 +171,7 @@ fn large(out: &mut String, scale: &Scale) -> std::fmt::Result {
     writeln!(out, "| | |\n| --- | ---: |")?;
     let read = &scale.read;
     let ratio = scale.writes_beside_reads.latency(0.99) / scale.writes.latency(0.99);
-    let rows: [(&str, String); 12] = [
+    let rows: [(&str, String); 13] = [
         ("VMs made per second (`VM.clone`, 16 clients)", format!("{:.0}", scale.making)),
         ("memory per VM at the master, before it is read, KiB", format!("{:.1}", scale.bytes_per_vm / 1024.0)),
         ("JSON of a VM, KiB", format!("{:.1}", scale.encoding / 1024.0)),
@@ -187,6 +187,7 @@ fn large(out: &mut String, scale: &Scale) -> std::fmt::Result {
             format!("{:.1} / {:.1}", scale.event(0.5), scale.event(0.99)),
         ),
         ("a host's controller starts from its disk and serves, s", format!("{:.1}", scale.restart)),
+        ("a voter that lost its database has caught up, s", format!("{:.1}", scale.catch_up)),
     ];
     for (name, value) in rows {
         writeln!(out, "| {name} | {value} |")?;

@@ -53,6 +53,8 @@ pub struct Scale {
     pub writes_beside_reads: Rounds,
     /// Seconds from starting a host's controller to its serving.
     pub restart: f64,
+    /// Seconds from starting a host's controller without its database to its having all again.
+    pub catch_up: f64,
     /// Milliseconds from the start of a write to its event at a watcher.
     pub events: Vec<f64>,
     /// Changes a second that the writers made meanwhile.
@@ -67,6 +69,8 @@ const CHANGING: usize = 1000;
 const NUMBERS: u64 = 1 << 20;
 /// Rows reach the disk, and what was copied for it is given back.
 const SETTLE: Duration = Duration::from_secs(3);
+/// What a host's log says when it has all again that it lost.
+const WHOLE: &str = "all that this node had lost is there again";
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
 /// Measures it.
@@ -106,6 +110,8 @@ pub async fn measure(program: &Path, dir: &Path, size: Size) -> anyhow::Result<S
     let started = Instant::now();
     pool.lab().start(&name, What::Controller).await?;
     let restart = started.elapsed().as_secs_f64();
+    eprintln!("scale: a host without its database");
+    let catch_up = caught_up(&pool, &name).await?;
     Ok(Scale {
         size,
         making,
@@ -116,9 +122,34 @@ pub async fn measure(program: &Path, dir: &Path, size: Size) -> anyhow::Result<S
         writes,
         writes_beside_reads,
         restart,
+        catch_up,
         events,
         changed,
     })
+}
+
+/// How long a host that lost its database is no part of any majority.
+async fn caught_up(pool: &Pool, name: &str) -> anyhow::Result<f64> {
+    let home = pool.lab().dir().join(name);
+    let told = || Ok::<_, anyhow::Error>(std::fs::read_to_string(home.join("controller.log"))?.matches(WHOLE).count());
+    pool.lab().kill(name, What::Controller).await?;
+    for file in std::fs::read_dir(home.join("controller"))? {
+        let file = file?.path();
+        // The promises stay, or the host would be a stranger.
+        if file.is_file() && !file.ends_with("promises") {
+            std::fs::remove_file(file)?;
+        }
+    }
+    let before = told()?;
+    let started = Instant::now();
+    pool.lab().start(name, What::Controller).await?;
+    while told()? == before {
+        if started.elapsed() > ANSWER_LIMIT {
+            bail!("{name} does not catch up");
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    Ok(started.elapsed().as_secs_f64())
 }
 
 async fn read_all(mut wire: Wire, body: String) -> anyhow::Result<()> {

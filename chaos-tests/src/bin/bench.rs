@@ -15,6 +15,8 @@ use clap::Parser;
 use tokio::process::Command;
 
 const CLIENTS: [usize; 3] = [1, 16, 64];
+/// The peer takes seconds for each.
+const PEER_KILLS: u64 = 20;
 const WARM: Duration = Duration::from_millis(500);
 
 /// Measure a pool of three simulated hosts and, where etcd is installed, etcd beside it
@@ -38,7 +40,7 @@ struct Flags {
     /// Seconds of each round [default: 4]
     #[arg(long)]
     seconds: Option<f64>,
-    /// Leaders to kill [default: 20]
+    /// Leaders to kill; of the peer, 20 at most [default: 100]
     #[arg(long)]
     failovers: Option<u64>,
     /// Measure the large pool alone
@@ -78,7 +80,7 @@ async fn main() -> anyhow::Result<()> {
         rounds: flags.rounds.unwrap_or(if flags.quick { 2 } else { 5 }),
         seconds: flags.seconds.unwrap_or(if flags.quick { 1.0 } else { 4.0 }),
     };
-    let kills = flags.failovers.unwrap_or(if flags.quick { 2 } else { 20 });
+    let kills = flags.failovers.unwrap_or(if flags.quick { 2 } else { 100 });
     if run.etcd_version.is_none() {
         eprintln!("without etcd: it is not installed, or not wanted");
     }
@@ -107,7 +109,7 @@ async fn main() -> anyhow::Result<()> {
     let (mut pool_failovers, mut etcd_failovers) = (Vec::new(), Vec::new());
     for round in 0..kills {
         pool_failovers.push(failover::of_pool(&mut pool, round).await?);
-        if let Some(peer) = &mut peer {
+        if let Some(peer) = peer.as_mut().filter(|_| round < PEER_KILLS) {
             etcd_failovers.push(failover::of_etcd(peer, round).await?);
         }
         eprintln!(
