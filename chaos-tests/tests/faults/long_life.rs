@@ -52,7 +52,7 @@ pub async fn write_much(client: &Client, vms: &[String], count: usize) -> Durati
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_disk_stays_bounded_and_a_host_that_was_away_too_long_is_sent_the_state_while_the_pool_serves() {
-    /// Measured: RocksDB starts a new write-ahead log at 64 MiB and keeps the last one until its rows are written.
+    /// Three write-ahead logs: RocksDB starts a new one at 64 MiB and keeps the last until its rows are written.
     const BOUND: u64 = 192 << 20;
     let lab = Lab::sim().await.unwrap();
     short_logs(&lab).await;
