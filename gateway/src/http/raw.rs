@@ -226,7 +226,7 @@ mod tests {
         let (head, length) = judge(b"PUT /import?a=b HTTP/1.0\r\nHost: x\r\n\r\nbody").unwrap().unwrap();
         assert_eq!(
             (head.uri.to_string().as_str(), head.headers["host"].as_bytes(), length),
-            ("/import?a=b", &b"x"[..], 38)
+            ("/import?a=b", &b"x"[..], 37)
         );
     }
 }
