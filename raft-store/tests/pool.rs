@@ -46,22 +46,27 @@ impl Pool {
     }
 
     async fn start_of(reads: Vec<Option<u32>>) -> Self {
-        let size = reads.len() as u64;
         let _ = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).try_init();
-        let mut members = Vec::new();
-        for node_id in 1..=size {
-            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-            let peer_address = free.local_addr().unwrap().to_string();
-            members.push(Member { node_id, peer_address, api_address: format!("127.0.0.{node_id}") });
-        }
-        let dirs = members.iter().map(|_| tempfile::tempdir().unwrap()).collect();
-        let nodes = members.iter().map(|_| None).collect();
-        let mut pool = Self { tls: certificates(), dirs, members, nodes, reads };
-        for index in 0..pool.members.len() {
+        let mut pool =
+            Self { tls: certificates(), dirs: Vec::new(), members: Vec::new(), nodes: Vec::new(), reads: Vec::new() };
+        for reads in reads {
+            let index = pool.add(reads);
             pool.boot(index).await;
         }
         pool.nodes[0].as_ref().unwrap().store.initialize(&pool.members).await.unwrap();
         pool
+    }
+
+    /// One more node, with an empty disk; it is no member yet.
+    fn add(&mut self, reads: Option<u32>) -> usize {
+        let node_id = self.members.len() as u64 + 1;
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer_address = free.local_addr().unwrap().to_string();
+        self.members.push(Member { node_id, peer_address, api_address: format!("127.0.0.{node_id}") });
+        self.dirs.push(tempfile::tempdir().unwrap());
+        self.nodes.push(None);
+        self.reads.push(reads);
+        self.members.len() - 1
     }
 
     async fn boot(&mut self, index: usize) {
@@ -450,6 +455,7 @@ async fn classes_are_replaced_at_once_or_not_at_all_on_every_node_and_after_a_re
     assert!(matches!(leader.commit(short).await, Err(CommitError::Conflict(_))));
     assert_eq!(labels(&leader), ["gone", "stays"]);
     let before = leader.state().applied;
+    drop(leader);
     pool.commit(last).await;
     let leader = pool.store(pool.leader().await);
     assert_eq!(labels(&leader), ["a", "b", "c", "stays"]);
@@ -460,6 +466,8 @@ async fn classes_are_replaced_at_once_or_not_at_all_on_every_node_and_after_a_re
     for index in 0..3 {
         assert_eq!(labels(&pool.store(index)), ["a", "b", "c", "stays"]);
     }
+    // Who holds a store holds its database.
+    drop(leader);
     for index in 0..3 {
         pool.kill(index).await;
     }
@@ -527,22 +535,19 @@ async fn an_older_member_is_sent_only_what_it_reads_and_the_pool_goes_over_when_
 async fn a_member_of_an_older_version_that_comes_late_gets_nothing_and_loses_nothing() {
     let mut pool = Pool::start(3).await;
     all_at(&pool, 2).await;
-    let leader = pool.leader().await;
-    let away = (leader + 1) % 3;
-    pool.kill(away).await;
-    // As a host whose disk was replaced and that was installed from an old medium.
-    pool.dirs[away] = tempfile::tempdir().unwrap();
-    pool.reads[away] = Some(1);
-    pool.boot(away).await;
+    // As a new host that was installed from an old medium.
+    let late = pool.add(Some(1));
+    pool.boot(late).await;
+    pool.store(pool.leader().await).add_learner(&pool.members[late]).await.unwrap();
     for _ in 0..50 {
         let (transaction, _) = insert("goes on");
         pool.commit(transaction).await;
     }
-    assert_eq!(pool.store(away).state().applied, LogIndex(0), "nothing that it cannot read has reached it");
-    pool.kill(away).await;
-    pool.reads[away] = None;
-    pool.boot(away).await;
+    assert_eq!(pool.store(late).state().applied, LogIndex(0), "nothing that it cannot read has reached it");
+    pool.kill(late).await;
+    pool.reads[late] = None;
+    pool.boot(late).await;
     all_at(&pool, 2).await;
-    assert_eq!(labels(&pool.store(away)).len(), 50);
+    assert_eq!(labels(&pool.store(late)).len(), 50);
     pool.end().await;
 }
