@@ -66,15 +66,14 @@ impl Pool {
     }
 
     /// An interface of the one host.
-    async fn interface(&self, device: &str, management: bool) {
+    async fn interface(&self, device: &str) {
         let on = self.store().state().all::<Host>().next().unwrap().typed::<Host>();
         self.commit(|change| {
             change.insert(
                 NewRow::new(Ref::<Pif>::new(Uuid::new_v4()), Uuid::new_v4())
                     .with(pif::HOST, on)
                     .with(pif::DEVICE, device.to_owned())
-                    .with(pif::PHYSICAL, true)
-                    .with(pif::MANAGEMENT, management),
+                    .with(pif::PHYSICAL, true),
             );
         })
         .await;
@@ -116,7 +115,8 @@ fn differences(before: &State, after: &State) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_dump_makes_the_pool_what_it_was() {
     let pool = Pool::newest().await;
-    pool.interface("eth0", true).await;
+    // The agent's own.
+    pool.until(|state| state.count(Pif::ID) == 1).await;
     let (kept, lost, odd) = (pool.vm("kept").await, pool.vm("lost").await, pool.vm("odd").await);
     // What XML, JSON and the wire have trouble with.
     let label = "<&>\"' \r\n\t\u{1}\u{7f}\u{fffe} ü 𝄞";
@@ -166,10 +166,11 @@ async fn a_dry_run_changes_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_does_not_fit_is_refused_by_name_and_changes_nothing() {
     let pool = Pool::newest().await;
-    pool.interface("eth0", true).await;
+    // The agent's own.
+    pool.until(|state| state.count(Pif::ID) == 1).await;
     pool.vm("there").await;
     let dump = pool.dump().await;
-    pool.interface("eth1", false).await;
+    pool.interface("eth1").await;
     let with_two = pool.dump().await;
     let before = pool.store().read().await.unwrap();
 
