@@ -18,9 +18,10 @@ pub use witness::witness;
 /// How long tasks may take to end after the last of them was told to.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(2);
 
-/// Threads that do nothing but consensus: however many clients there are, the kernel gives these their turn, and a
-/// heartbeat, a vote or a commit never waits behind a queue of readers.
-const CONSENSUS_THREADS: usize = 2;
+/// A thread that does nothing but consensus: however many clients there are, the kernel gives it its turn, and a
+/// heartbeat, a vote or a commit never waits behind a queue of readers. One, because a commit is a dozen short steps, and
+/// handing each to another thread takes longer than the step.
+const CONSENSUS_THREADS: usize = 1;
 
 fn consensus_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
