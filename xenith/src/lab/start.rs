@@ -71,15 +71,24 @@ fn start(layout: &Layout, plan: &Plan, mut dead: Vec<(Daemon, &Host)>) -> anyhow
     Ok(())
 }
 
+/// A daemon that was killed has its sockets for a moment longer than its name.
+const LETS_GO_WITHIN: Duration = Duration::from_secs(2);
+
 fn must_be_free(address: SocketAddr) -> anyhow::Result<()> {
-    // Bound and let go again. Another program may still come in between; then the daemon itself says so in its log.
-    match TcpListener::bind(address) {
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => bail!(
-            "{address} is in use by another program, perhaps by another lab: stop that one (xenith lab down --dir …), \
-             or give this lab other addresses in a new directory (--base 127.0.72.1 or --port 9443)"
-        ),
-        Err(error) => Err(error).with_context(|| format!("cannot listen on {address}")),
+    let deadline = Instant::now() + LETS_GO_WITHIN;
+    loop {
+        // Bound and let go again. Another program may still come in between; then the daemon itself says so in its log.
+        match TcpListener::bind(address) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() != std::io::ErrorKind::AddrInUse => {
+                return Err(error).with_context(|| format!("cannot listen on {address}"));
+            }
+            Err(_) if Instant::now() < deadline => std::thread::sleep(LOOK_AGAIN),
+            Err(_) => bail!(
+                "{address} is in use by another program, perhaps by another lab: stop that one (xenith lab down --dir \
+                 …), or give this lab other addresses in a new directory (--base 127.0.72.1 or --port 9443)"
+            ),
+        }
     }
 }
 
