@@ -222,28 +222,13 @@ pub(crate) async fn answered(shared: &Shared, repeat: &Repeat, message: &Message
 /// A recorded result. Tasks stand for calls behind them, whatever those answer.
 fn result(message: &MessageDef, text: String) -> Value {
     let Ok(json) = serde_json::from_str::<serde_json::Value>(&text) else { return Value::Void };
-    let input = input(json);
+    let input = Input::from(json);
     if let Input::Str(text) = &input
         && let Ok(reference) = text.parse()
     {
         return Value::Ref(reference);
     }
     convert(&message.result, input, "result").unwrap_or(Value::Void)
-}
-
-fn input(json: serde_json::Value) -> Input {
-    use serde_json::Value as Json;
-    match json {
-        Json::Null => Input::Nil,
-        Json::Bool(truth) => Input::Bool(truth),
-        Json::Number(number) => match number.as_i64() {
-            Some(integer) => Input::Int(integer),
-            None => Input::Float(number.as_f64().unwrap_or(f64::NAN)),
-        },
-        Json::String(text) => Input::Str(text),
-        Json::Array(items) => Input::Array(items.into_iter().map(input).collect()),
-        Json::Object(members) => Input::Struct(members.into_iter().map(|(name, value)| (name, input(value))).collect()),
-    }
 }
 
 fn error(description: Vec<String>) -> ApiError {

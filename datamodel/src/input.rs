@@ -31,6 +31,26 @@ pub enum Input {
     Nil,
 }
 
+impl From<serde_json::Value> for Input {
+    /// An integer beyond 64 bits becomes a double. The depth is the parser's to bound.
+    fn from(json: serde_json::Value) -> Self {
+        use serde_json::Value as Json;
+        match json {
+            Json::Null => Self::Nil,
+            Json::Bool(truth) => Self::Bool(truth),
+            Json::Number(number) => match number.as_i64() {
+                Some(integer) => Self::Int(integer),
+                None => Self::Float(number.as_f64().unwrap_or(f64::NAN)),
+            },
+            Json::String(text) => Self::Str(text),
+            Json::Array(items) => Self::Array(items.into_iter().map(Self::from).collect()),
+            Json::Object(members) => {
+                Self::Struct(members.into_iter().map(|(name, value)| (name, Self::from(value))).collect())
+            }
+        }
+    }
+}
+
 /// Why an argument does not fit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Misfit {

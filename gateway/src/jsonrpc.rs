@@ -45,26 +45,12 @@ pub(crate) fn decode(body: &[u8]) -> Result<Decoded, String> {
     };
     let Some(Json::String(method)) = call.remove("method") else { return Err("a call has a method".into()) };
     let params = match call.remove("params") {
-        Some(Json::Array(params)) => params.into_iter().map(input).collect(),
+        Some(Json::Array(params)) => params.into_iter().map(Input::from).collect(),
         Some(Json::Null) | None if matches!(envelope, Envelope::Json2(_)) => Vec::new(),
-        Some(object @ Json::Object(_)) if matches!(envelope, Envelope::Json2(_)) => vec![input(object)],
+        Some(object @ Json::Object(_)) if matches!(envelope, Envelope::Json2(_)) => vec![object.into()],
         _ => return Err("params is an array".into()),
     };
     Ok(Decoded::Call { method, params, envelope })
-}
-
-fn input(json: Json) -> Input {
-    match json {
-        Json::Null => Input::Nil,
-        Json::Bool(truth) => Input::Bool(truth),
-        Json::Number(number) => match number.as_i64() {
-            Some(integer) => Input::Int(integer),
-            None => Input::Float(number.as_f64().unwrap_or(f64::NAN)),
-        },
-        Json::String(text) => Input::Str(text),
-        Json::Array(items) => Input::Array(items.into_iter().map(input).collect()),
-        Json::Object(members) => Input::Struct(members.into_iter().map(|(name, value)| (name, input(value))).collect()),
-    }
 }
 
 fn strings(words: impl IntoIterator<Item = impl AsRef<str>>, out: &mut Vec<u8>) {
