@@ -23,6 +23,7 @@ use parking_lot::Mutex;
 
 use crate::codec::{DecodeError, batch_format, encode_batch};
 use crate::machine::Machine;
+use crate::proposer::Answers;
 use crate::store::leads;
 use crate::transaction::{Expectation, Transaction, Write};
 use crate::types::{Batch, Entry, Raft};
@@ -186,7 +187,12 @@ pub(crate) async fn raise(this: u64, raft: Raft, formats: Formats) {
             if leads(metrics.state) { formats.common(nodes, this) } else { None }
         };
         let Some(format) = common.filter(|common| *common > level) else { continue };
-        let batch = Batch { format, transactions: Arc::from([]), encoded: encode_batch(format, &[]) };
+        let batch = Batch {
+            format,
+            transactions: Arc::from([]),
+            encoded: encode_batch(format, &[]),
+            answers: Answers::default(),
+        };
         match tokio::time::timeout(RAISE_LIMIT, raft.client_write(batch)).await {
             Ok(Ok(_)) => tracing::info!(format, "every member reads a newer format: the pool goes over to it"),
             Ok(Err(error)) => tracing::debug!(%error, "the pool's format is raised later"),

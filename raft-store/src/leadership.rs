@@ -5,7 +5,7 @@
 //! every leader, so that an agent can refuse what an older one still sends.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver as _;
@@ -92,20 +92,35 @@ impl Lease {
     }
 }
 
-/// Publishes who leads, until the store ends.
+/// Where it is said how this node stands.
+pub(crate) struct Announcements {
+    /// Who leads, by proof.
+    pub(crate) leadership: watch::Sender<Leadership>,
+    /// Why consensus has stopped.
+    pub(crate) stopped: watch::Sender<Option<String>>,
+    /// Whether this node sends entries to others: for the writer, to whom a belief is enough.
+    pub(crate) leads: Arc<AtomicBool>,
+}
+
+/// Publishes who leads, and why consensus has stopped if it has, until the store ends. Everybody else waits for one of
+/// these two: openraft's metrics change several times in each commit, and would wake whoever watches them as often.
 pub(crate) async fn follow(
     this: u64,
     raft: Raft,
     machine: Arc<Machine>,
     lease: Lease,
     heard: Heard,
-    publish: watch::Sender<Leadership>,
+    tell: Announcements,
 ) {
     let mut metrics = raft.metrics();
     let mut office = machine.office.subscribe();
     loop {
+        if let Err(fatal) = &metrics.borrow_watched().running_state {
+            tell.stopped.send_replace(Some(fatal.to_string()));
+        }
+        tell.leads.store(leads(metrics.borrow_watched().state), Ordering::Relaxed);
         let now = judge(this, &metrics, &office, &lease, &heard);
-        publish.send_if_modified(|known| {
+        tell.leadership.send_if_modified(|known| {
             let changed = *known != now;
             if changed {
                 tracing::info!(node = this, leadership = ?now, "leadership");

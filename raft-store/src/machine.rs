@@ -253,6 +253,7 @@ impl RaftStateMachine<Config> for StateMachine {
         Strm: Stream<Item = Result<EntryResponder<Config>, io::Error>> + Unpin + OptionalSend,
     {
         let mut state = State::clone(&self.0.state.load());
+        let mut told = Vec::new();
         let mut answers = Vec::new();
         let mut dirty = Dirty::new();
         let mut trimmed = Vec::new();
@@ -280,6 +281,7 @@ impl RaftStateMachine<Config> for StateMachine {
                     }
                     raised |= batch.format > state.format;
                     state.format = state.format.max(batch.format);
+                    told.push((batch.answers.clone(), outcomes.clone()));
                     trim_history(&mut state, index, self.0.history, &mut trimmed);
                     if self.0.planted == Some(Planted::ForgetsTombstones) {
                         state.tombstones = state
@@ -316,6 +318,9 @@ impl RaftStateMachine<Config> for StateMachine {
         self.0.applied.send_replace(applied);
         if let Some(office) = office {
             self.0.office.send_replace(office);
+        }
+        for (callers, outcomes) in told {
+            callers.tell(&outcomes);
         }
         for (responder, outcomes) in answers {
             responder.send(outcomes);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use openraft::errors::ClientWriteError;
 use openraft::impls::ProgressResponder;
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::codec::encode_batch;
@@ -11,12 +12,45 @@ use crate::machine::Machine;
 use crate::row::LogIndex;
 use crate::store::{CommitError, Member, NotLeader};
 use crate::transaction::Transaction;
-use crate::types::{Batch, Raft};
+use crate::types::{Batch, Outcomes, Raft};
 
 /// A transaction on its way, and who waits for it.
 pub(crate) struct Proposal {
     pub(crate) transaction: Transaction,
-    pub(crate) answer: oneshot::Sender<Result<LogIndex, Unanswered>>,
+    pub(crate) answer: Answer,
+}
+
+/// Where one caller waits.
+pub(crate) type Answer = oneshot::Sender<Result<LogIndex, Unanswered>>;
+
+/// The callers of an entry's transactions, in their order. They travel with the entry, so that whoever applies it tells
+/// them in the same step; going back through consensus, their answers would queue behind the news to the followers.
+#[derive(Clone, Default)]
+pub(crate) struct Answers(Option<Arc<Mutex<Vec<Answer>>>>);
+
+impl Answers {
+    fn new(answers: Vec<Answer>) -> Self {
+        Self(Some(Arc::new(Mutex::new(answers))))
+    }
+
+    /// Tells each what became of its transaction. Who was told is told nothing more.
+    pub(crate) fn tell(&self, outcomes: &Outcomes) {
+        for (answer, outcome) in self.take().into_iter().zip(&outcomes.0) {
+            // Who asked may have gone away.
+            let _ = answer.send(outcome.clone().map_err(|conflict| Unanswered::Known(conflict.into())));
+        }
+    }
+
+    /// Tells those who were not told yet that they have no outcome, and why.
+    fn refuse(&self, error: &Unanswered) {
+        for answer in self.take() {
+            let _ = answer.send(Err(error.clone()));
+        }
+    }
+
+    fn take(&self) -> Vec<Answer> {
+        self.0.as_ref().map(|answers| std::mem::take(&mut *answers.lock())).unwrap_or_default()
+    }
 }
 
 /// Why a proposal has no index.
@@ -52,40 +86,30 @@ pub(crate) async fn run(raft: Raft, machine: Arc<Machine>, mut queue: mpsc::Rece
             waiting.drain(..).map(|proposal| (proposal.transaction, proposal.answer)).unzip();
         let format = machine.state.load().format;
         let encoded = encode_batch(format, &transactions);
-        let batch = Batch { format, transactions: transactions.into(), encoded };
+        let answers = Answers::new(answers);
+        let batch = Batch { format, transactions: transactions.into(), encoded, answers: answers.clone() };
         let (responder, completed) = ProgressResponder::complete_only();
         let term = machine.office.borrow().0;
         let accepted = raft.write(batch).responder(responder).with_leader(term).await;
         if let Err(fatal) = accepted {
             tracing::error!(%fatal, "consensus has stopped");
-            tell(answers, &Unanswered::Known(CommitError::Unknown));
+            answers.refuse(&Unanswered::Known(CommitError::Unknown));
             continue;
         }
         tasks.spawn(async move {
             match completed.await {
-                Ok(Ok(response)) => {
-                    for (answer, outcome) in answers.into_iter().zip(response.data.0) {
-                        // Who asked may have gone away.
-                        let _ = answer.send(outcome.map_err(|conflict| Unanswered::Known(conflict.into())));
-                    }
-                }
+                Ok(Ok(response)) => answers.tell(&response.data),
                 Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
                     let leader = forward.leader_id.zip(forward.leader_node).map(|(id, node)| Member::new(id, &node));
-                    tell(answers, &Unanswered::Known(NotLeader { leader }.into()));
+                    answers.refuse(&Unanswered::Known(NotLeader { leader }.into()));
                 }
                 Ok(Err(error)) => {
                     tracing::info!(%error, term, "an entry was cut off; the next master's entries tell what became of it");
-                    tell(answers, &Unanswered::Open { term });
+                    answers.refuse(&Unanswered::Open { term });
                 }
-                Err(_) => tell(answers, &Unanswered::Open { term }),
+                Err(_) => answers.refuse(&Unanswered::Open { term }),
             }
             drop(permit);
         });
-    }
-}
-
-fn tell(answers: Vec<oneshot::Sender<Result<LogIndex, Unanswered>>>, error: &Unanswered) {
-    for answer in answers {
-        let _ = answer.send(Err(error.clone()));
     }
 }

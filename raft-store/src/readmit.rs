@@ -15,6 +15,7 @@ use crate::fence::{Fence, Stage};
 use crate::format::OLDEST;
 use crate::machine::Machine;
 use crate::peer::Dial;
+use crate::proposer::Answers;
 use crate::record;
 use crate::row::LogIndex;
 use crate::types::{Batch, Raft};
@@ -62,7 +63,8 @@ async fn answer(raft: &Raft, peers: &dyn Dial, loss: Loss) -> Result<u64, String
     let reverts = raft.trigger().allow_next_revert(&loss.node_id, true).await.map_err(|fatal| fatal.to_string())?;
     reverts.map_err(|error| error.to_string())?;
     // The member acknowledges nothing before it has been told: it is no part of this majority.
-    let empty = Batch { format: OLDEST, transactions: [].into(), encoded: encode_batch(OLDEST, &[]) };
+    let encoded = encode_batch(OLDEST, &[]);
+    let empty = Batch { format: OLDEST, transactions: [].into(), encoded, answers: Answers::default() };
     let committed = timeout(LIMIT, raft.client_write(empty)).await.map_err(|_| "no majority does without it")?;
     let committed = committed.map_err(|error| error.to_string())?.log_id;
     let channel = peers.channel(loss.node_id, &node.peer_address).map_err(|error| error.to_string())?;

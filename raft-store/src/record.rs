@@ -11,6 +11,7 @@ use prost::Message;
 use proto::raft as wire;
 
 use crate::codec::{DecodeError, decode_batch};
+use crate::proposer::Answers;
 use crate::types::{Batch, Entry, LogId, Membership, PeerNode, StoredMembership, Vote};
 
 type LeaderId = leader_id_std::LeaderId<u64, u64>;
@@ -87,7 +88,12 @@ pub(crate) fn entry(record: wire::LogRecord) -> Result<Entry, DecodeError> {
         Payload::Blank(_) => EntryPayload::Blank,
         Payload::Transactions(encoded) => {
             let (format, transactions) = decode_batch(encoded.clone())?;
-            EntryPayload::Normal(Batch { format, transactions: transactions.into(), encoded })
+            EntryPayload::Normal(Batch {
+                format,
+                transactions: transactions.into(),
+                encoded,
+                answers: Answers::default(),
+            })
         }
         Payload::Membership(inner) => EntryPayload::Membership(membership(inner)?),
     };

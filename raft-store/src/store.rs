@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::disk::{self, Disk, Engine, OpenError, Opened, Writer};
 use crate::fence::{Fence, Stage};
 use crate::format::{self, Formats, NEWEST, OLDEST, TooNew};
-use crate::leadership::{self, Leadership};
+use crate::leadership::{self, Announcements, Leadership};
 use crate::log::LogStore;
 use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
 use crate::offload;
@@ -147,6 +147,8 @@ struct Shared {
     writer: Arc<Writer>,
     proposals: mpsc::Sender<Proposal>,
     leadership: watch::Receiver<Leadership>,
+    /// Why consensus has stopped.
+    stopped: watch::Receiver<Option<String>>,
     lease: leadership::Lease,
     commit_limit: Duration,
     planted: Option<Planted>,
@@ -190,7 +192,8 @@ impl Store {
     async fn start(config: StoreConfig, opened: Opened, peers: Arc<dyn Dial>) -> Result<Self, OpenError> {
         let Opened { disk, stored, fence } = opened;
         let fence = Arc::new(fence);
-        let writer = Arc::new(Writer::start(disk.engine()).map_err(stopped)?);
+        let leads = Arc::default();
+        let writer = Arc::new(Writer::start(disk.engine(), Arc::clone(&leads)));
         let log = LogStore::open(disk.clone(), Arc::clone(&writer), config.planted).map_err(stopped)?;
         let machine = Arc::new(Machine::new(stored, config.history, Arc::clone(&writer), config.planted));
         let whole = fence.stage() == Stage::Lifted;
@@ -213,14 +216,9 @@ impl Store {
         let mut tasks = JoinSet::new();
         let lease = leadership::Lease::new(&raft, config.election.1);
         let (leading, leadership) = watch::channel(Leadership::Electing);
-        tasks.spawn(leadership::follow(
-            config.node_id,
-            raft.clone(),
-            Arc::clone(&machine),
-            lease.clone(),
-            heard,
-            leading,
-        ));
+        let (failing, stopped) = watch::channel(None);
+        let tell = Announcements { leadership: leading, stopped: failing, leads };
+        tasks.spawn(leadership::follow(config.node_id, raft.clone(), Arc::clone(&machine), lease.clone(), heard, tell));
         let (proposals, queue) = mpsc::channel(WAITING_COMMITS);
         tasks.spawn(proposer::run(raft.clone(), Arc::clone(&machine), queue));
         tasks.spawn(format::raise(config.node_id, raft.clone(), formats));
@@ -240,6 +238,7 @@ impl Store {
             writer,
             proposals,
             leadership,
+            stopped,
             lease,
             commit_limit,
             planted: config.planted,
@@ -359,15 +358,9 @@ impl Store {
     /// Waits until consensus has stopped because of a failure that it cannot survive, such as a disk that refuses a
     /// write, and says which. The process should end then: what the disk has is enough to start again.
     pub async fn failed(&self) -> String {
-        let mut metrics = self.shared.raft.metrics();
-        loop {
-            if let Err(fatal) = &metrics.borrow_watched().running_state {
-                return fatal.to_string();
-            }
-            if metrics.changed().await.is_err() {
-                return "consensus has ended".to_owned();
-            }
-        }
+        let mut stopped = self.shared.stopped.clone();
+        let why = stopped.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());
+        why.unwrap_or_else(|| "consensus has ended".to_owned())
     }
 
     /// The newest applied index; told after the state that holds it is there to be read.
@@ -433,7 +426,7 @@ impl Store {
         }
         let mut tasks = std::mem::take(&mut *self.shared.tasks.lock());
         tasks.shutdown().await;
-        self.shared.writer.stop();
+        self.shared.writer.stop().await;
     }
 
     /// Gives the lead, if this node has it, to the voter that has most of the log: before an end, so that the pool hardly
@@ -458,10 +451,7 @@ impl Store {
         if let Err(error) = self.shared.machine.persist().await {
             tracing::warn!(%error, "the last rows were not written; the log brings them back");
         }
-        let writer = Arc::clone(&self.shared.writer);
-        if offload::blocking(move || writer.stop()).await.is_err() {
-            tracing::warn!("the log writer did not end");
-        }
+        self.shared.writer.stop().await;
     }
 }
 

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use openraft::impls::leader_id_std;
 use openraft::type_config::alias;
 
+use crate::proposer::Answers;
 use crate::state::Outcome;
 use crate::transaction::Transaction;
 
@@ -16,6 +17,8 @@ pub(crate) struct Batch {
     pub(crate) format: u32,
     pub(crate) transactions: Arc<[Transaction]>,
     pub(crate) encoded: Bytes,
+    /// Who waits for them, on the node that proposed them.
+    pub(crate) answers: Answers,
 }
 
 impl fmt::Debug for Batch {

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use datamodel::fields::{local_user, member};
 use datamodel::{ApiError, Host, LocalUser, Member, Ref, errors};
@@ -19,6 +20,8 @@ use crate::failure::{Failure, Served, refuse};
 
 /// A redirect to the master is followed so often.
 const MOST_REDIRECTIONS: usize = 3;
+/// What a host hears of itself in the log is acted on this much later at most.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How a host shows that it may ask to be let in.
 pub(super) enum Credential {
@@ -205,7 +208,7 @@ pub(crate) async fn attend(shared: &Arc<Shared>) {
                     tracing::error!(?error, "this host has left its pool and cannot begin anew; trying again")
                 }
             }
-            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
             continue;
         }
         match rotation::follow(shared, surroundings, &state).await {
@@ -216,6 +219,8 @@ pub(crate) async fn attend(shared: &Arc<Shared>) {
         if applied.changed().await.is_err() {
             return;
         }
+        // Members change seldom, and this is looked at on every host: not for each of a thousand commits a second.
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 

@@ -174,28 +174,19 @@ fn a_crash_leaves_whole_batches_from_the_first_on_and_all_that_were_synced() {
 
 struct Builder(fn() -> (Arc<dyn Engine>, Option<tempfile::TempDir>));
 
-/// Ends the writer before its database goes.
-struct Open {
-    writer: Arc<Writer>,
-    _dir: Option<tempfile::TempDir>,
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.writer.stop();
-    }
-}
+/// Its folder goes with it.
+struct Open(#[allow(dead_code, reason = "kept for its drop")] Option<tempfile::TempDir>);
 
 impl StoreBuilder<Config, LogStore, StateMachine, Open> for Builder {
     async fn build(&self) -> Result<(Open, LogStore, StateMachine), StorageError<Config>> {
         let (engine, dir) = (self.0)();
         let disk = Disk::new(engine);
         let stored = disk.load(crate::format::NEWEST).unwrap();
-        let writer = Arc::new(Writer::start(disk.engine()).unwrap());
+        let writer = Arc::new(Writer::start(disk.engine(), Arc::default()));
         let log = LogStore::open(disk, Arc::clone(&writer), None).unwrap();
         let history = crate::state::History::default();
         let machine = StateMachine(Arc::new(Machine::new(stored, history, Arc::clone(&writer), None)));
-        Ok((Open { writer, _dir: dir }, log, machine))
+        Ok((Open(dir), log, machine))
     }
 }
 
@@ -246,7 +237,7 @@ impl Engine for FullOnce {
 async fn nothing_is_written_after_a_write_that_failed() {
     use super::writer::Job;
     let engine = Arc::new(FullOnce::default());
-    let writer = Writer::start(Arc::clone(&engine) as Arc<dyn Engine>).unwrap();
+    let writer = Writer::start(Arc::clone(&engine) as Arc<dyn Engine>, Arc::default());
     let mut told = Vec::new();
     for index in 0..3_u64 {
         let (tell, answer) = tokio::sync::oneshot::channel();
