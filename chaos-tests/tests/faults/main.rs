@@ -14,6 +14,7 @@ mod pauses;
 #[path = "../pool/support.rs"]
 #[allow(dead_code, reason = "shared with the other tests of whole pools")]
 mod support;
+mod versions;
 
 use chaos_tests::lab::{Lab, What};
 
