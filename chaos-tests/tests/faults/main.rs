@@ -11,6 +11,7 @@ mod epochs;
 mod kills;
 mod long_life;
 mod pauses;
+mod silence;
 #[path = "../pool/support.rs"]
 #[allow(dead_code, reason = "shared with the other tests of whole pools")]
 mod support;
