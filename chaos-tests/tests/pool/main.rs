@@ -11,4 +11,5 @@ mod membership;
 mod stock;
 mod support;
 mod vms;
+mod voters;
 mod wire;
