@@ -229,6 +229,7 @@ impl Client {
         match self.calls.perform(step).await.expect("call").into_inner().result.expect("outcome") {
             outcome::Result::Domain(state) => Ok(state),
             outcome::Result::Refusal(refusal) => Err(refusal),
+            other => panic!("a step of a domain gave {other:?}"),
         }
     }
 
