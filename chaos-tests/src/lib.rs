@@ -6,4 +6,5 @@ pub mod bench;
 pub mod client;
 pub mod history;
 pub mod lab;
+pub mod relay;
 pub mod stock;

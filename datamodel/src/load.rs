@@ -43,6 +43,9 @@ pub(crate) struct ClassFile {
     pub(crate) generated_since: HashMap<String, String>,
     #[serde(default)]
     enums: toml::Table,
+    /// Words that came later, by enum: the replicated format that brought each.
+    #[serde(default)]
+    word_formats: HashMap<String, HashMap<String, u32>>,
     #[serde(default)]
     fields: toml::Table,
     #[serde(default)]
@@ -155,6 +158,7 @@ pub(crate) fn load() -> Model {
                     },
                     has_default: entry.default.is_some(),
                     default: written.unwrap_or_else(|| ty.zero()),
+                    newest_word: ty.newest_word(),
                     ty,
                     since: leak(entry.since.clone()),
                     state: lifecycle(entry.state.as_deref()),
@@ -197,14 +201,23 @@ type Enums = (Vec<(ClassId, &'static EnumDef)>, HashMap<String, &'static EnumDef
 fn enums(files: &[ClassFile]) -> Enums {
     let mut listed = Vec::new();
     let mut words: HashMap<String, &'static EnumDef> = HashMap::new();
+    for (file, name) in files.iter().flat_map(|file| file.word_formats.keys().map(move |name| (file, name))) {
+        assert!(file.enums.contains_key(name), "{}: word_formats of enum {name}, which it does not have", file.name);
+    }
     for (file, index) in files.iter().zip(0..) {
         for (name, values) in &file.enums {
             let values = values.as_array().unwrap_or_else(|| panic!("{}: enum {name} is no list", file.name));
-            let values =
+            let values: Vec<_> =
                 values.iter().map(|value| leak(value.as_str().expect("words are strings").to_owned())).collect();
-            let def: &'static EnumDef = Box::leak(Box::new(EnumDef { name: leak(name.clone()), words: values }));
+            let newer = file.word_formats.get(name).into_iter().flatten().map(|(word, format)| {
+                let known = values.iter().copied().find(|known| known == word);
+                (known.unwrap_or_else(|| panic!("{}: enum {name} has no word {word}", file.name)), *format)
+            });
+            let newer = newer.collect();
+            let def: &'static EnumDef = Box::leak(Box::new(EnumDef { name: leak(name.clone()), words: values, newer }));
             listed.push((ClassId(index), def));
-            words.entry(name.clone()).or_insert(def);
+            let first = words.entry(name.clone()).or_insert(def);
+            assert!(first.newer.len() == def.newer.len(), "{}: enum {name} has other formats elsewhere", file.name);
         }
     }
     (listed, words)
@@ -279,5 +292,31 @@ fn explicit(
         hidden: entry.hidden,
         name: leak(name.to_owned()),
         full_name,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str) -> ClassFile {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn a_word_that_came_later_says_which_format_brought_it() {
+        let file = file(
+            "name = \"door\"\n[enums]\ndoor_state = [\"open\", \"shut\", \"ajar\"]\n[word_formats.door_state]\najar = 3\n",
+        );
+        let (_, words) = enums(&[file]);
+        let formats = ["open", "shut", "ajar"].map(|word| words["door_state"].format(word));
+        assert_eq!(formats, [1, 1, 3]);
+    }
+
+    #[test]
+    #[should_panic(expected = "no word agape")]
+    fn a_format_of_a_word_that_is_not_there_is_a_defect_of_the_build() {
+        enums(&[file("name = \"door\"\n[enums]\ndoor_state = [\"open\"]\n[word_formats.door_state]\nagape = 3\n")]);
     }
 }

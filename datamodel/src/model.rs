@@ -127,6 +127,8 @@ pub struct FieldDef {
     pub hidden: bool,
     /// The first replicated format that has it: members of older ones do not know the name.
     pub format: u32,
+    /// The newest format of any word that it can hold.
+    pub newest_word: u32,
 }
 
 /// A class.

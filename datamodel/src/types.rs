@@ -12,9 +12,17 @@ pub struct EnumDef {
     pub name: &'static str,
     /// Its words as they travel.
     pub words: Vec<&'static str>,
+    /// The words that the first replicated format did not have, and the first one that has them.
+    pub newer: Vec<(&'static str, u32)>,
 }
 
 impl EnumDef {
+    /// The first replicated format that has a word: members of older ones do not know it.
+    #[must_use]
+    pub fn format(&self, word: &str) -> u32 {
+        self.newer.iter().find(|(newer, _)| *newer == word).map_or(1, |(_, format)| *format)
+    }
+
     /// The model's spelling of a word; case does not matter.
     #[must_use]
     pub fn word(&self, text: &str) -> Option<&'static str> {
@@ -96,6 +104,34 @@ impl Type {
                 }
             }
         })
+    }
+
+    /// The first replicated format in which a value of this type can be written: that of its newest word.
+    #[must_use]
+    pub fn format(&self, value: &Value) -> u32 {
+        match (self, value) {
+            (Self::Enum(words), Value::Enum(word)) => words.format(word),
+            (Self::Set(element), Value::Set(members)) => {
+                members.iter().map(|member| element.format(member)).max().unwrap_or(1)
+            }
+            (Self::Map(key, value), Value::Map(entries)) => {
+                let entries = entries.iter().map(|(name, held)| key.format(&name.to_value()).max(value.format(held)));
+                entries.max().unwrap_or(1)
+            }
+            (Self::Option(inner), value) => inner.format(value),
+            _ => 1,
+        }
+    }
+
+    /// The newest format of any word of this type.
+    #[must_use]
+    pub fn newest_word(&self) -> u32 {
+        match self {
+            Self::Enum(words) => words.newer.iter().map(|(_, format)| *format).max().unwrap_or(1),
+            Self::Set(inner) | Self::Option(inner) => inner.newest_word(),
+            Self::Map(key, value) => key.newest_word().max(value.newest_word()),
+            _ => 1,
+        }
     }
 
     /// What a field of this type holds when nobody said anything.

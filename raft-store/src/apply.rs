@@ -6,10 +6,11 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use datamodel::fields::staged;
 use datamodel::{ClassId, ClassKind as _, Key, OpaqueRef, Relation, Set, Staged, Timestamp, Value};
 
 use crate::codec::DecodeError;
-use crate::replace::{Prepared, prepare, replace};
+use crate::replace::{self, Prepared, prepare, read_part, replace};
 use crate::row::{LogIndex, Row, edited};
 use crate::state::{History, Outcome, REMEMBERED_TRANSACTIONS, State, Table, Tombstone};
 use crate::transaction::{Conflict, Expectation, Transaction, Write};
@@ -37,6 +38,12 @@ pub(crate) fn apply(
     };
     remember(state, transaction, &outcome);
     Ok(outcome)
+}
+
+/// Whether applying it takes long: it reads or makes as many rows as a pool has.
+pub(crate) fn takes_long(transaction: &Transaction) -> bool {
+    let stages = |write: &Write| matches!(write, Write::Insert(class, ..) if *class == Staged::ID);
+    replace::of(transaction).is_some() || transaction.writes.iter().any(stages)
 }
 
 /// Moves the end of history; called once for each entry, after its transactions.
@@ -179,7 +186,7 @@ fn write_all(
         }
     }
     if let Some((replacement, rows, parts)) = staged {
-        replace(&mut editor, &replacement, rows);
+        replace(&mut editor, &replacement, &rows);
         for part in parts {
             editor.delete(Staged::ID, part);
         }
@@ -217,6 +224,13 @@ impl Editor<'_> {
                 *slot = value.clone();
             }
         }
+        // One that cannot be read is found by the transaction that uses it.
+        if class == Staged::ID
+            && let Some(content) = fields.get(usize::from(staged::CONTENT.index())).and_then(Value::as_str)
+            && let Ok(rows) = read_part(content)
+        {
+            self.state.staged.insert(reference, rows);
+        }
         self.add_row(class, reference, fields);
         for (relation, value) in related {
             self.follow(reference, relation, &Value::Absent, &value);
@@ -226,16 +240,21 @@ impl Editor<'_> {
     /// Makes a new version of a row. Whoever calls has looked that something changes.
     fn replace(&mut self, row: &Arc<Row>, edit: impl FnOnce(&mut [Value])) {
         let new = edited(row, self.index, edit);
+        self.changed(row, &new);
+    }
+
+    fn changed(&mut self, row: &Arc<Row>, new: &Arc<Row>) {
         self.state.changes.remove(&(row.modified, row.class, row.reference));
         self.state.changes.insert((self.index, row.class, row.reference), ());
         self.dirty.insert((row.class, row.reference));
-        relink(self.state, row, &new);
+        relink(self.state, row, new);
     }
 
     /// Gives a row all its values anew; nothing where they are what they were. Relations are the caller's to mend.
     pub(crate) fn put_row(&mut self, row: &Arc<Row>, values: Vec<Value>) {
         if row.values() != values.as_slice() {
-            self.replace(row, |fields| fields.clone_from_slice(&values));
+            let new = Row::new(row.class, row.reference, row.created, self.index, values);
+            self.changed(row, &Arc::new(new));
         }
     }
 
@@ -252,6 +271,9 @@ impl Editor<'_> {
     pub(crate) fn bury(&mut self, row: &Arc<Row>) {
         let (class, reference) = (row.class, row.reference);
         unlink(self.state, row);
+        if class == Staged::ID {
+            self.state.staged.remove(&reference);
+        }
         self.state.changes.remove(&(row.modified, class, reference));
         self.state
             .tombstones

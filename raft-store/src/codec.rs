@@ -36,6 +36,9 @@ pub enum DecodeError {
     /// A field that this version does not have.
     #[error("unknown field {0}.{1}: upgrade this host")]
     UnknownField(&'static str, String),
+    /// A word that this version does not have.
+    #[error("unknown word {1} of {0}: upgrade this host")]
+    UnknownWord(&'static str, String),
     /// A value that does not fit.
     #[error("bad value")]
     BadValue,
@@ -109,7 +112,9 @@ fn value_from_wire(ty: &Type, value: wire::Value) -> Result<Value, DecodeError> 
         (_, Kind::Number(number)) => Value::Float(number),
         (_, Kind::Truth(truth)) => Value::Bool(truth),
         (_, Kind::Time(time)) => Value::Time(Timestamp(time)),
-        (Type::Enum(words), Kind::Word(word)) => Value::Enum(words.word(&word).ok_or(DecodeError::BadValue)?),
+        (Type::Enum(words), Kind::Word(word)) => {
+            Value::Enum(words.word(&word).ok_or(DecodeError::UnknownWord(words.name, word))?)
+        }
         (_, Kind::Reference(bytes)) => Value::Ref(reference(&bytes)?),
         (Type::Set(element), Kind::Set(values)) => Value::Set(
             values.values.into_iter().map(|value| value_from_wire(element, value)).collect::<Result<_, _>>()?,

@@ -6,17 +6,18 @@
 //! that it reads that one; nothing lowers it. A member is asked what it reads before anything is sent to it, and gets
 //! nothing that it does not read.
 //!
-//! What a format brought is said where it is: `format = N` at a field or class of the model, and [`needed`] here.
-//! Below that level a field keeps its default (writes of it are left out), and what cannot be left out is refused. A
-//! name that a member does not know therefore never reaches it; if one does all the same, it is refused and never
+//! What a format brought is said where it is: `format = N` at a field or class of the model, `word_formats` at the words
+//! of an enum, and [`needed`] here. Below that level a field keeps its default (writes of it are left out), and what
+//! cannot be left out, such as a word in a field that was there before, is refused. A name that a member does not know therefore never reaches it; if one does all the same, it is refused and never
 //! guessed at.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use datamodel::ClassId;
+use datamodel::{ClassId, Key, Type, Value};
 use openraft::EntryPayload;
 use openraft::async_runtime::WatchReceiver as _;
 use parking_lot::Mutex;
@@ -24,6 +25,7 @@ use parking_lot::Mutex;
 use crate::codec::{DecodeError, batch_format, encode_batch};
 use crate::machine::Machine;
 use crate::proposer::Answers;
+use crate::replace::StagedRow;
 use crate::store::leads;
 use crate::transaction::{Expectation, Transaction, Write};
 use crate::types::{Batch, Entry, Raft};
@@ -34,6 +36,9 @@ pub(crate) const OLDEST: u32 = 1;
 ///
 /// 2: transactions in parts (the class `staged`, the write `replace`, the expectation `class_unchanged`).
 pub(crate) const NEWEST: u32 = 2;
+
+/// The formats of replicated data that this version can be limited to: [`StoreConfig::reads`](crate::StoreConfig::reads).
+pub const FORMATS: RangeInclusive<u32> = OLDEST..=NEWEST;
 
 /// The leader looks so often whether the level can be raised.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -62,26 +67,29 @@ pub(crate) fn admit_bytes(encoded: Bytes, reads: u32) -> Result<(), DecodeError>
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TooNew(pub(crate) u32);
 
-/// What the names in a transaction need.
+/// What the names and words in a transaction need.
 fn needed(transaction: &Transaction) -> u32 {
     let writes = transaction.writes.iter().map(|write| match write {
-        Write::Insert(class, _, fields) => fields
-            .iter()
-            .map(|(index, _)| field_format(*class, *index))
-            .max()
-            .unwrap_or(OLDEST)
-            .max(class_format(*class)),
-        Write::Set(class, _, field, _)
-        | Write::AddToSet(class, _, field, _)
-        | Write::RemoveFromSet(class, _, field, _)
-        | Write::InsertInMap(class, _, field, ..)
-        | Write::RemoveFromMap(class, _, field, _) => class_format(*class).max(field_format(*class, *field)),
+        Write::Insert(class, _, fields) => {
+            let fields =
+                fields.iter().map(|(index, value)| field_format(*class, *index).max(words(*class, *index, value)));
+            fields.max().unwrap_or(OLDEST).max(class_format(*class))
+        }
+        Write::Set(class, _, field, value) => named(*class, *field).max(words(*class, *field, value)),
+        Write::AddToSet(class, _, field, value) | Write::RemoveFromSet(class, _, field, value) => {
+            named(*class, *field).max(member_words(*class, *field, value))
+        }
+        Write::InsertInMap(class, _, field, key, value) => {
+            named(*class, *field).max(entry_words(*class, *field, key, Some(value)))
+        }
+        Write::RemoveFromMap(class, _, field, key) => named(*class, *field).max(entry_words(*class, *field, key, None)),
         Write::Touch(class, _) | Write::Delete(class, _) => class_format(*class),
         Write::Replace(_) => 2,
     });
     let expectations = transaction.expectations.iter().map(|expectation| match expectation {
-        Expectation::Value(class, _, field, _) | Expectation::KeyAbsent(class, _, field, _) => {
-            class_format(*class).max(field_format(*class, *field))
+        Expectation::Value(class, _, field, value) => named(*class, *field).max(words(*class, *field, value)),
+        Expectation::KeyAbsent(class, _, field, key) => {
+            named(*class, *field).max(entry_words(*class, *field, key, None))
         }
         Expectation::Exists(class, _)
         | Expectation::Absent(class, _)
@@ -98,6 +106,52 @@ fn class_format(class: ClassId) -> u32 {
 
 fn field_format(class: ClassId, field: u16) -> u32 {
     class.def().field_def(field).map_or(OLDEST, |def| def.format)
+}
+
+/// What a field's name and its class's need.
+fn named(class: ClassId, field: u16) -> u32 {
+    class_format(class).max(field_format(class, field))
+}
+
+/// The type of a field that has words which came later; most have none, and their values are not looked at.
+fn type_with_newer_words(class: ClassId, field: u16) -> Option<&'static Type> {
+    class.def().field_def(field).filter(|def| def.newest_word > OLDEST).map(|def| &def.ty)
+}
+
+/// What the words of a field's value need.
+fn words(class: ClassId, field: u16, value: &Value) -> u32 {
+    type_with_newer_words(class, field).map_or(OLDEST, |ty| ty.format(value))
+}
+
+/// The same of a member of its set.
+fn member_words(class: ClassId, field: u16, member: &Value) -> u32 {
+    match type_with_newer_words(class, field) {
+        Some(Type::Set(element)) => element.format(member),
+        _ => OLDEST,
+    }
+}
+
+/// The same of an entry of its map.
+fn entry_words(class: ClassId, field: u16, key: &Key, value: Option<&Value>) -> u32 {
+    match type_with_newer_words(class, field) {
+        Some(Type::Map(keys, values)) => {
+            keys.format(&key.to_value()).max(value.map_or(OLDEST, |value| values.format(value)))
+        }
+        _ => OLDEST,
+    }
+}
+
+/// Makes rows to be staged fit a level: fields that are newer are left out, and a newer word is refused.
+pub(crate) fn fit_row(row: &StagedRow, level: u32) -> Result<StagedRow, TooNew> {
+    let fields: Vec<_> =
+        row.fields.iter().filter(|(field, _)| field_format(row.class, *field) <= level).cloned().collect();
+    let words = fields.iter().map(|(field, value)| words(row.class, *field, value)).max().unwrap_or(OLDEST);
+    let needs = class_format(row.class).max(words);
+    if needs > level {
+        Err(TooNew(needs))
+    } else {
+        Ok(StagedRow { class: row.class, reference: row.reference, fields })
+    }
 }
 
 /// Makes a transaction fit a level: writes of fields that are newer are left out, and so are expectations that such

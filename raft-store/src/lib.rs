@@ -26,6 +26,7 @@ mod types;
 pub use codec::DecodeError;
 pub use disk::{Column, DiskChange, Engine, KeyValue, Memory, OpenError, is_of_a_database};
 pub use export::{decode_rows, encode_rows};
+pub use format::FORMATS;
 pub use leadership::Leadership;
 pub use membership::Progress;
 pub use peer::{Dial, PeerChannel, PeerTls};

@@ -23,9 +23,10 @@ use proto::raft as wire;
 use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
 
-use crate::apply::{Dirty, apply, trim_history};
+use crate::apply::{Dirty, apply, takes_long, trim_history};
 use crate::codec::{outcome_to_wire, row_to_wire};
 use crate::disk::{Change, Column, Job, STATE, Stored, Writer};
+use crate::offload;
 use crate::planted::Planted;
 use crate::record;
 use crate::row::LogIndex;
@@ -35,6 +36,9 @@ use crate::types::{Config, LogId, Outcomes, Snapshot, SnapshotMeta, StoredMember
 /// A snapshot: nothing but a state, and what it was made of.
 #[derive(Clone)]
 pub(crate) struct StateSnapshot(pub(crate) Arc<State>);
+
+/// More rows than this are encoded away from the thread of consensus: it has milliseconds, not a second.
+const MANY_ROWS: usize = 2_000;
 
 /// Rows wait at most this long for their batch.
 pub(crate) const PERSIST_EVERY: Duration = Duration::from_millis(100);
@@ -99,7 +103,9 @@ impl Machine {
     /// Writes what has changed since the last time, and waits until the writer has it on its way.
     pub(crate) async fn persist(&self) -> Result<(), io::Error> {
         let order = self.handover.lock().await;
-        let Some(changes) = self.collect() else { return Ok(()) };
+        let Some((state, work)) = self.unwritten() else { return Ok(()) };
+        let many = work.replaced || work.dirty.len() > MANY_ROWS;
+        let changes = if many { offload::blocking(move || work.changes(&state)).await? } else { work.changes(&state) };
         let (done, outcome) = oneshot::channel();
         self.writer.submit(Job::Rows(changes, Box::new(move |result| drop(done.send(result))))).await?;
         drop(order);
@@ -115,41 +121,12 @@ impl Machine {
     }
 
     /// Everything that has to be written, from one consistent moment.
-    fn collect(&self) -> Option<Vec<Change>> {
-        let (state, work) = {
-            let mut inner = self.inner.lock();
-            if inner.dirty.is_empty() && inner.outcomes.is_empty() && !inner.replaced && !inner.raised {
-                return None;
-            }
-            (self.state.load_full(), inner.take())
-        };
-        let mut out = Vec::with_capacity(work.dirty.len() + work.outcomes.len() + 8);
-        if work.replaced {
-            out.extend([Column::Rows, Column::Tombstones, Column::Outcomes].map(Change::clear));
-            for (class, table) in (0..).map(ClassId).zip(&state.tables) {
-                out.extend(table.rows.keys().map(|reference| row_job(&state, class, *reference)));
-            }
-            out.extend(state.tombstones.keys().filter_map(|key| tombstone_job(&state, key)));
-        } else {
-            out.extend(work.dirty.iter().map(|(class, reference)| row_job(&state, *class, *reference)));
-            out.extend(work.buried.iter().filter_map(|key| tombstone_job(&state, key)));
-            out.extend(work.trimmed.iter().map(|key| Change::Delete(Column::Tombstones, tombstone_key(key))));
+    fn unwritten(&self) -> Option<(Arc<State>, Work)> {
+        let mut inner = self.inner.lock();
+        if inner.dirty.is_empty() && inner.outcomes.is_empty() && !inner.replaced && !inner.raised {
+            return None;
         }
-        for (sequence, id) in (work.first_sequence..).zip(&work.outcomes) {
-            if let Some(outcome) = state.remembered.get(id) {
-                let stored = outcome_to_wire(*id, sequence, outcome).encode_to_vec();
-                out.push(Change::Put(Column::Outcomes, sequence.to_be_bytes().to_vec(), stored));
-            }
-        }
-        out.extend(work.forgotten.map(|sequence| Change::Delete(Column::Outcomes, sequence.to_be_bytes().to_vec())));
-        let head = wire::StoredState {
-            format: state.format,
-            last_applied: work.last_applied.as_ref().map(record::log_id_to_wire),
-            membership: Some(record::stored_membership_to_wire(&work.membership)),
-            head: Some(head(&state)),
-        };
-        out.push(Change::Put(Column::Meta, STATE.to_vec(), head.encode_to_vec()));
-        Some(out)
+        Some((self.state.load_full(), inner.take()))
     }
 }
 
@@ -163,6 +140,39 @@ struct Work {
     first_sequence: u64,
     forgotten: std::ops::Range<u64>,
     replaced: bool,
+}
+
+impl Work {
+    fn changes(self, state: &State) -> Vec<Change> {
+        let work = self;
+        let mut out = Vec::with_capacity(work.dirty.len() + work.outcomes.len() + 8);
+        if work.replaced {
+            out.extend([Column::Rows, Column::Tombstones, Column::Outcomes].map(Change::clear));
+            for (class, table) in (0..).map(ClassId).zip(&state.tables) {
+                out.extend(table.rows.keys().map(|reference| row_job(state, class, *reference)));
+            }
+            out.extend(state.tombstones.keys().filter_map(|key| tombstone_job(state, key)));
+        } else {
+            out.extend(work.dirty.iter().map(|(class, reference)| row_job(state, *class, *reference)));
+            out.extend(work.buried.iter().filter_map(|key| tombstone_job(state, key)));
+            out.extend(work.trimmed.iter().map(|key| Change::Delete(Column::Tombstones, tombstone_key(key))));
+        }
+        for (sequence, id) in (work.first_sequence..).zip(&work.outcomes) {
+            if let Some(outcome) = state.remembered.get(id) {
+                let stored = outcome_to_wire(*id, sequence, outcome).encode_to_vec();
+                out.push(Change::Put(Column::Outcomes, sequence.to_be_bytes().to_vec(), stored));
+            }
+        }
+        out.extend(work.forgotten.map(|sequence| Change::Delete(Column::Outcomes, sequence.to_be_bytes().to_vec())));
+        let stored = wire::StoredState {
+            format: state.format,
+            last_applied: work.last_applied.as_ref().map(record::log_id_to_wire),
+            membership: Some(record::stored_membership_to_wire(&work.membership)),
+            head: Some(head(state)),
+        };
+        out.push(Change::Put(Column::Meta, STATE.to_vec(), stored.encode_to_vec()));
+        out
+    }
 }
 
 impl Inner {
@@ -277,7 +287,21 @@ impl RaftStateMachine<Config> for StateMachine {
                         if !state.remembered.contains_key(&transaction.id()) {
                             remembered.push(transaction.id());
                         }
-                        outcomes.0.push(apply(&mut state, index, transaction, &mut dirty).map_err(io::Error::other)?);
+                        let outcome = if takes_long(transaction) {
+                            // Later entries wait for it. Heartbeats and votes, which this thread is for, do not.
+                            let (mut made, mut touched) = (std::mem::take(&mut state), std::mem::take(&mut dirty));
+                            let transaction = transaction.clone();
+                            let applied = offload::blocking(move || {
+                                let outcome = apply(&mut made, index, &transaction, &mut touched);
+                                (outcome, made, touched)
+                            });
+                            let outcome;
+                            (outcome, state, dirty) = applied.await?;
+                            outcome
+                        } else {
+                            apply(&mut state, index, transaction, &mut dirty)
+                        };
+                        outcomes.0.push(outcome.map_err(io::Error::other)?);
                     }
                     raised |= batch.format > state.format;
                     state.format = state.format.max(batch.format);

@@ -10,6 +10,7 @@ use datamodel::{ClassId, ClassKind, OpaqueRef, Ref, Timestamp, model};
 use imbl::{HashMap, OrdMap, Vector};
 use uuid::Uuid;
 
+use crate::replace::Fresh;
 use crate::row::{LogIndex, Row};
 use crate::transaction::Conflict;
 
@@ -72,6 +73,9 @@ pub struct State {
     pub(crate) oldest_token: LogIndex,
     pub(crate) remembered: HashMap<Uuid, Outcome>,
     pub(crate) remembered_order: Vector<Uuid>,
+    /// What parts of a replacement have in them, read when they came, so that the replacement itself is quick. A part
+    /// that is not here is read then.
+    pub(crate) staged: HashMap<OpaqueRef, Arc<[Fresh]>>,
 }
 
 /// How an object changed between two log indexes.
@@ -114,6 +118,7 @@ impl Default for State {
             oldest_token: LogIndex(0),
             remembered: HashMap::new(),
             remembered_order: Vector::new(),
+            staged: HashMap::new(),
         }
     }
 }

@@ -54,7 +54,7 @@ pub struct StoreConfig {
     /// A mistake that a test of the tests wants to be found; else none.
     pub planted: Option<Planted>,
     /// The newest format that is read, if that is not to be this version's: then this node is as one of the version
-    /// that had it, which is what tests of mixed versions need.
+    /// that had it, and holds the pool back at it.
     pub reads: Option<u32>,
 }
 

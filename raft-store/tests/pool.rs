@@ -400,7 +400,7 @@ fn staged(labels: &[&str], replaces: &[(datamodel::ClassId, datamodel::OpaqueRef
             NewRow::new(Ref::<Staged>::new(Uuid::new_v4()), Uuid::new_v4())
                 .with(fields::staged::STAGE, "this".to_owned())
                 .with(fields::staged::PLACE, place)
-                .with(fields::staged::CONTENT, StagedRow::part(rows)),
+                .with(fields::staged::CONTENT, StagedRow::part(rows, 2).unwrap()),
         );
         part
     });

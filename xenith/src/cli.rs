@@ -154,7 +154,7 @@ pub struct Up {
     pub hosts: Option<u8>,
     /// Hosts that run a controller and keep the pool's state; the others run their agent alone, so that a large pool fits
     /// on one machine [default: all, at most 7]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=7))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub replicas: Option<u8>,
     /// Further hosts, each of which begins as a pool of its own: to join them and to eject them again [default: 0]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=16))]
@@ -162,6 +162,10 @@ pub struct Up {
     /// Milliseconds after which a silent voter is replaced [default: 300000]
     #[arg(long, value_name = "MS")]
     pub replace_after_ms: Option<u64>,
+    /// Newest format of replicated data that the hosts read when the lab is made, as if they were of the version that had
+    /// it; taking `store.format_limit` out of a host's DIR/HOST/controller.toml upgrades it [default: this version's]
+    #[arg(long, value_name = "FORMAT")]
+    pub format_limit: Option<u32>,
     /// What runs the guests [default: qemu]
     #[arg(long)]
     pub driver: Option<Driver>,

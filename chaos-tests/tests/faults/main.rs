@@ -11,9 +11,11 @@ mod epochs;
 mod kills;
 mod long_life;
 mod pauses;
+mod silence;
 #[path = "../pool/support.rs"]
 #[allow(dead_code, reason = "shared with the other tests of whole pools")]
 mod support;
+mod versions;
 
 use chaos_tests::lab::{Lab, What};
 

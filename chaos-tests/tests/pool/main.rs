@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may take a failure for what it is")]
 
+mod backup;
 mod continuity;
 mod events;
 mod lab;
@@ -10,4 +11,5 @@ mod membership;
 mod stock;
 mod support;
 mod vms;
+mod voters;
 mod wire;

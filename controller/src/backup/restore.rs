@@ -203,7 +203,7 @@ impl Stage {
             NewRow::new(reference, shared.uuid())
                 .with(staged::STAGE, self.name.clone())
                 .with(staged::PLACE, i64::try_from(self.parts.len()).unwrap_or(i64::MAX))
-                .with(staged::CONTENT, StagedRow::part(rows)),
+                .with(staged::CONTENT, StagedRow::part(rows, shared.store.format())?),
         );
         self.parts.push(reference);
         loop {

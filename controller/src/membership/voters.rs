@@ -160,7 +160,11 @@ async fn step(shared: &Arc<Shared>, term: Duration) {
         store.add_learner(&newcomer).await
     } else if wanted != voters {
         tracing::info!(?wanted, ?voters, "other members vote");
-        store.set_voters(wanted).await
+        let done = store.set_voters(wanted.clone()).await;
+        if done.is_ok() {
+            tracing::info!(voters = ?wanted, "these members vote");
+        }
+        done
     } else if let Some(gone) = nodes.iter().find(|node| !rows.iter().any(|row| node_id(row) == node.node_id)) {
         tracing::info!(node = gone.node_id, "a member goes");
         store.remove(gone.node_id).await

@@ -34,6 +34,8 @@ use crate::types::{Config, PeerNode, Snapshot, Vote};
 /// Every member's certificate is good for this name, whatever its address.
 pub(crate) const PEER_NAME: &str = "xenith-peer";
 const CONNECT_LIMIT: Duration = Duration::from_millis(500);
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(1);
+const CALLER_LIMIT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 const LARGEST_MESSAGE: usize = 64 << 20;
@@ -57,6 +59,8 @@ impl PeerTls {
             .ca_certificate(Certificate::from_pem(&self.ca))
             .identity(Identity::from_pem(&self.certificate, &self.key))
             .domain_name(PEER_NAME)
+            // Connecting is only the half of it: whoever accepts and then says nothing must not be waited for either.
+            .timeout(HANDSHAKE_LIMIT)
     }
 
     /// The answering side's: it refuses who does not show a certificate of the pool.
@@ -65,6 +69,7 @@ impl PeerTls {
         tonic::transport::ServerTlsConfig::new()
             .identity(Identity::from_pem(&self.certificate, &self.key))
             .client_ca_root(Certificate::from_pem(&self.ca))
+            .timeout(CALLER_LIMIT)
     }
 
     /// A channel to a member; it connects when it is first used and again whenever it must.

@@ -31,6 +31,9 @@ pub struct ControllerConfig {
     /// Timings of consensus.
     #[serde(default)]
     pub raft: Raft,
+    /// What is replicated, and in which format.
+    #[serde(default)]
+    pub store: Store,
     /// Who votes.
     #[serde(default)]
     pub membership: Membership,
@@ -158,6 +161,29 @@ impl Default for Raft {
     }
 }
 
+/// `[store]`: what this host reads and writes.
+#[derive(Serialize, Deserialize, Clone, Debug, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct Store {
+    /// The newest format of replicated data that this host reads, if that is not to be this version's. While any host
+    /// has a limit the pool stays at it, and so an upgrade of all hosts can be taken back. None: this version's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format_limit: Option<u32>,
+}
+
+impl Store {
+    /// Finds a limit that this version does not have.
+    pub fn check(&self) -> Result<(), Fault> {
+        let (oldest, newest) = raft_store::FORMATS.into_inner();
+        match self.format_limit {
+            Some(limit) if !(oldest..=newest).contains(&limit) => {
+                fault("store.format_limit", format_args!("this version reads formats {oldest} to {newest}"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// `[membership]`: which of the pool's hosts vote. The same on every host, for any of them may be master.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 #[serde(deny_unknown_fields, default)]
@@ -218,6 +244,7 @@ impl Check for ControllerConfig {
         }
         self.tls.check()?;
         self.raft.check()?;
+        self.store.check()?;
         if !matches!(self.membership.voters, 1 | 3 | 5 | 7) {
             return fault("membership.voters", "must be 1, 3, 5 or 7: an even number survives no more deaths");
         }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use agent::AgentConfig;
-pub use controller::{Api, ControllerConfig, Founding, Guest, Member, Membership, Peers, Raft};
+pub use controller::{Api, ControllerConfig, Founding, Guest, Member, Membership, Peers, Raft, Store};
 pub use secret::root_password;
 pub use witness::WitnessConfig;
 

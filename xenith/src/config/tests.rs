@@ -74,6 +74,7 @@ fn combinations_that_cannot_work_name_the_key_to_change() {
         ("node_id = 1", "node_id = 9", "founding.members"),
         ("node_id = 1", "node_id = 0", "node_id"),
         ("/etc/xenith/tls/host.key", "/nowhere/host.key", "tls.key"),
+        ("[log]", "[store]\nformat_limit = 99\n[log]", "store.format_limit"),
     ] {
         let text = CONTROLLER.replacen(from, to, 1);
         assert_ne!(text, CONTROLLER);

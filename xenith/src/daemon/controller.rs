@@ -250,6 +250,7 @@ async fn open_store(config: &ControllerConfig, place: &Place, consensus: &Handle
         election: (Duration::from_millis(raft.election_min_ms), Duration::from_millis(raft.election_max_ms)),
         snapshot_every: raft.snapshot_every,
         keep_entries: raft.keep_entries,
+        reads: config.store.format_limit,
         ..StoreConfig::new(place.database.clone(), place.node_id, place.tls.clone())
     };
     let opened = consensus.spawn(Store::open(settings)).await.context("the database was not opened to the end")?;

@@ -15,7 +15,7 @@ use super::layout::{HostLayout, Layout, private_dir, private_file};
 use super::plan::{Host, Plan};
 use crate::cli::Driver;
 use crate::config::{
-    AgentConfig, Api, ControllerConfig, Founding, Guest, Log, Member, Membership, Peers, Raft, Tls, Traces,
+    AgentConfig, Api, ControllerConfig, Founding, Guest, Log, Member, Membership, Peers, Raft, Store, Tls, Traces,
 };
 
 /// Memory of a lab host: room for a few dozen of the small guests that labs run.
@@ -70,6 +70,7 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
             tls: tls.clone(),
             founding: Some(founding),
             raft: Raft::default(),
+            store: Store { format_limit: plan.format_limit },
             membership: plan.replace_after_ms.map_or_else(Membership::default, |replace_after_ms| Membership {
                 replace_after_ms,
                 ..Membership::default()

@@ -13,8 +13,8 @@ const VERSION: u32 = 1;
 /// Peers and agents listen on the ports after the API's.
 const PEER_PORT: u16 = 1;
 const AGENT_PORT: u16 = 2;
-/// As many as may vote.
-const MOST_REPLICAS: u8 = 7;
+/// As many as may vote; more only where it is asked for.
+const REPLICAS: u8 = 7;
 
 /// The whole lab.
 #[derive(Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,9 @@ pub struct Plan {
     /// A voter that is silent for so long is replaced; none: as the program has it.
     #[serde(default)]
     pub replace_after_ms: Option<u64>,
+    /// The newest format that the hosts read; none: as the program has it.
+    #[serde(default)]
+    pub format_limit: Option<u32>,
     /// The hosts, in order.
     pub hosts: Vec<Host>,
 }
@@ -63,7 +66,7 @@ impl Plan {
     fn new(flags: &Up) -> anyhow::Result<Self> {
         let base = flags.base.unwrap_or(Ipv4Addr::new(127, 0, 71, 1));
         let count = flags.hosts.unwrap_or(3);
-        let replicas = flags.replicas.unwrap_or(MOST_REPLICAS);
+        let replicas = flags.replicas.unwrap_or(REPLICAS);
         let apart = flags.apart.unwrap_or(0);
         let hosts = (0..count + apart).map(|position| {
             let address =
@@ -89,6 +92,7 @@ impl Plan {
             user: "root".into(),
             password: flags.password.clone().unwrap_or_else(|| "xenith".into()),
             replace_after_ms: flags.replace_after_ms,
+            format_limit: flags.format_limit,
             hosts: hosts.collect::<anyhow::Result<_>>()?,
         })
     }
