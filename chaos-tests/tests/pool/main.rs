@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may take a failure for what it is")]
 
+mod certificates;
 mod continuity;
 mod events;
 mod lab;
