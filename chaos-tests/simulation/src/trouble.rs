@@ -134,7 +134,7 @@ impl World {
     /// Whether every set of voters that may rule has a majority without this one and all that are gone already.
     fn can_do_without(&self, id: u64) -> bool {
         let others = |voters: &BTreeSet<u64>| self.gone(voters).filter(|gone| *gone != id).count();
-        self.asked.iter().all(|voters| !voters.contains(&id) || others(voters) + 1 <= (voters.len() - 1) / 2)
+        self.asked.iter().all(|voters| !voters.contains(&id) || others(voters) < (voters.len() - 1) / 2)
     }
 
     /// Those of some nodes that are damaged or lost.
