@@ -247,6 +247,7 @@ async fn step(shared: &Arc<Shared>, row: &Arc<Row>, verb: Verb, host_ref: Ref<Ho
             operation: row.uuid().to_owned(),
             vm: uuid.clone(),
             traceparent: String::new(),
+            number: 0,
             action: Some(action.clone()),
         };
         match agent.perform(step, verb.limit()).await {
@@ -282,7 +283,7 @@ fn refuse_step(vm_row: &Row, host_ref: Ref<Host>, refusal: &proto::agent::Refusa
         Reason::BadState => errors::vm_bad_power_state(vm_ref, "running", refusal.detail.to_ascii_lowercase()),
         Reason::BootFailed => errors::bootloader_failed(vm_ref, refusal.detail.as_str()),
         Reason::WrongPool => errors::internal_error(format!("host {host_ref} belongs to another pool")),
-        Reason::Unsupported | Reason::Failed | Reason::Unspecified => errors::internal_error(refusal.detail.as_str()),
+        _ => errors::internal_error(refusal.detail.as_str()),
     })
 }
 

@@ -214,6 +214,7 @@ async fn all_domains(
                 operation: shared.uuid().to_string(),
                 vm: domain.vm.clone(),
                 traceparent: String::new(),
+                number: 0,
                 action: Some(Action::Destroy(DestroyDomain {})),
             };
             if let Err(error) = agent.perform(step, Duration::from_secs(30)).await {

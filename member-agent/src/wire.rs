@@ -63,6 +63,7 @@ pub(crate) fn deed(vm: Uuid, action: Option<wire::step::Action>) -> Result<Deed,
             limit: limit(reboot.timeout_ms),
             spec: reboot.spec.map(|spec| spec_of(vm, spec)).transpose()?,
         })),
+        _ => return Err(Status::unimplemented("this agent does not know such a step")),
     })
 }
 
@@ -142,6 +143,8 @@ pub(crate) fn state_of(state: DomainState) -> wire::DomainState {
         reason: state.reason,
         consoles: state.consoles.into_iter().map(console).collect(),
         generation: state.generation,
+        guest: None,
+        disks: Vec::new(),
     }
 }
 

@@ -101,7 +101,7 @@ impl Host {
             Some(Action::Reboot(_)) => (running().map(|_| PowerState::Running)?, true),
             Some(Action::Shutdown(_)) => (running().map(|_| PowerState::Halted)?, false),
             Some(Action::Destroy(_)) => (PowerState::Halted, false),
-            None => return Err(refusal(Reason::Unsupported, "no action")),
+            _ => return Err(refusal(Reason::Unsupported, "")),
         };
         let domain = if state == PowerState::Halted {
             self.domains.remove(&step.vm);

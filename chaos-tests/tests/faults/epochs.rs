@@ -52,6 +52,7 @@ async fn the_late_step_of_a_paused_master_is_refused_by_every_agent() {
             operation: uuid::Uuid::from_u128(number).to_string(),
             vm: uuid.clone(),
             traceparent: String::new(),
+            number: 0,
             action: Some(Action::Destroy(wire::DestroyDomain {})),
         }
     };

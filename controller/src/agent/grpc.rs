@@ -69,6 +69,9 @@ impl Agent for GrpcAgent {
         match limited(limit, self.client.clone().perform(step)).await?.result {
             Some(Outcome::Domain(state)) => Ok(state),
             Some(Outcome::Refusal(refusal)) => Err(AgentError::Refused(refusal)),
+            Some(Outcome::Store(_) | Outcome::Volume(_)) => {
+                Err(AgentError::Unknown("an outcome of another kind".into()))
+            }
             None => Err(AgentError::Unknown("an empty outcome".into())),
         }
     }

@@ -223,6 +223,7 @@ impl Client {
             operation: operation.to_owned(),
             vm: vm.to_string(),
             traceparent: String::new(),
+            number: 0,
             action: Some(action),
         };
         match self.calls.perform(step).await.expect("call").into_inner().result.expect("outcome") {
