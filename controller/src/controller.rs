@@ -16,7 +16,7 @@ use crate::first_boot::Guest;
 use crate::handlers::{self, Declined, Inquiry, Opened};
 use crate::in_hand::InHand;
 use crate::membership::emergency::LocalSessions;
-use crate::membership::{Surroundings, VoterPolicy, join, rotation, voters};
+use crate::membership::{Standing, Surroundings, VoterPolicy, join, rotation, stranger, voters};
 use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
 
 /// What a controller is told when it starts.
@@ -138,6 +138,11 @@ impl Controller {
     /// [`Declined`].
     pub async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {
         handlers::open(&self.shared, inquiry).await
+    }
+
+    /// How a host of that node id and uuid stands to the pool, where this host is the master.
+    pub async fn standing(&self, node_id: u64, host: Uuid) -> Standing {
+        stranger::standing(&self.shared, node_id, host).await
     }
 
     /// Waits until this host knows of another master than that member, itself included, or of none for so long that

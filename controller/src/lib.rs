@@ -33,5 +33,8 @@ pub use clock::{Clock, SystemClock, WrongClock};
 pub use controller::{Controller, ControllerConfig};
 pub use first_boot::{Guest, InitialMember};
 pub use handlers::{ByteStream, Credentials, Declined, HANDLERS, Handler, Inquiry, Opened, Verb};
-pub use membership::{Abroad, Alone, AskError, Home, Newcomer, Seat, Surroundings, VoterPolicy, enrol_witness};
+pub use membership::{
+    Abroad, Alone, AskError, Home, Newcomer, Peers, Seat, Standing, Surroundings, Trust, VoterPolicy, enrol_witness,
+    told_to_have,
+};
 pub use repeats::OWN_KEY;

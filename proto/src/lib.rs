@@ -13,6 +13,11 @@ pub mod forward {
     tonic::include_proto!("xenith.forward.v1");
 }
 
+/// What members ask one another about their membership.
+pub mod members {
+    tonic::include_proto!("xenith.members.v1");
+}
+
 /// Consensus among the voters and learners of a pool.
 pub mod raft {
     tonic::include_proto!("xenith.raft.v1");

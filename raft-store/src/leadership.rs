@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::machine::Machine;
 use crate::peer::Heard;
+use crate::planted::Planted;
 use crate::row::LogIndex;
 use crate::store::{Member, leads};
 use crate::types::{Config, Raft};
@@ -46,17 +47,20 @@ pub(crate) struct Lease {
     length: Duration,
     /// The last term in which this node asked another one to take the lead.
     given_up: Arc<AtomicU64>,
+    planted: Option<Planted>,
 }
 
 impl Lease {
-    pub(crate) fn new(raft: &Raft, length: Duration) -> Self {
-        Self { metrics: raft.metrics(), length, given_up: Arc::default() }
+    pub(crate) fn new(raft: &Raft, length: Duration, planted: Option<Planted>) -> Self {
+        Self { metrics: raft.metrics(), length, given_up: Arc::default(), planted }
     }
 
-    /// Whether reads may be answered without asking anybody: with a quarter of the lease to spare.
+    /// Whether reads may be answered without asking anybody: with a quarter of the lease to spare, so that no clock of
+    /// another host has to run as this one's does; it may be a third faster.
     pub(crate) fn is_fresh(&self) -> bool {
         let given_up = self.given_up.load(Ordering::Acquire) == self.metrics.borrow_watched().current_term;
-        !given_up && self.age().is_some_and(|age| age < self.length * 3 / 4)
+        let spare = if self.planted == Some(Planted::TrustsAllClocks) { Duration::ZERO } else { self.length / 4 };
+        !given_up && self.age().is_some_and(|age| age < self.length - spare)
     }
 
     /// To be called before another node is asked to take the lead: followers vote for that one at once, lease or no
@@ -73,6 +77,13 @@ impl Lease {
         }
         if metrics.membership_config.membership().voter_ids().count() == 1 {
             return Some(Duration::ZERO);
+        }
+        if self.planted == Some(Planted::CountsLearners) {
+            let others = metrics.heartbeat.as_ref()?.iter().filter(|(id, _)| **id != metrics.id);
+            let silent = others
+                .filter_map(|(_, heard)| heard.as_ref())
+                .map(|heard| InstantOf::<Config>::now().saturating_duration_since(**heard));
+            return silent.min();
         }
         metrics.last_quorum_acked.map(|acked| InstantOf::<Config>::now().saturating_duration_since(*acked))
     }

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::disk::{self, Disk, Engine, OpenError, Opened, Writer};
+use crate::disk::{self, Disk, OpenError, Opened, Place, Writer};
 use crate::fence::{Fence, Stage};
 use crate::format::{self, Formats, NEWEST, OLDEST, TooNew};
 use crate::leadership::{self, Announcements, Leadership};
@@ -166,32 +166,24 @@ impl Store {
     pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
         std::fs::create_dir_all(&config.dir)
             .map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
-        let dir = config.dir.clone();
-        let reads = config.reads();
-        let opened = offload::blocking(move || disk::open(&dir, reads)).await.map_err(stopped)??;
+        let place = Arc::new(disk::Folder::new(&config.dir));
         let peers = Arc::new(config.tls.clone());
-        Self::start(config, opened, peers).await
+        Self::open_in(config, place, peers).await
     }
 
-    /// Opens a store on a disk and a network that are given; its folder and certificates are not used.
+    /// Opens a store in a place and on a network that are given; its folder and certificates are not used.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub async fn open_on(
-        config: StoreConfig,
-        engine: Arc<dyn Engine>,
-        peers: Arc<dyn Dial>,
-    ) -> Result<Self, OpenError> {
-        let disk = Disk::new(engine);
-        let reading = disk.clone();
+    pub async fn open_in(config: StoreConfig, place: Arc<dyn Place>, peers: Arc<dyn Dial>) -> Result<Self, OpenError> {
         let reads = config.reads();
-        let stored = offload::blocking(move || reading.load(reads)).await.map_err(stopped)??;
-        Self::start(config, Opened { disk, stored, fence: Fence::none() }, peers).await
+        let opened = offload::blocking(move || disk::open(&place, reads)).await.map_err(stopped)??;
+        Self::start(config, opened, peers).await
     }
 
     async fn start(config: StoreConfig, opened: Opened, peers: Arc<dyn Dial>) -> Result<Self, OpenError> {
         let Opened { disk, stored, fence } = opened;
-        let fence = Arc::new(fence);
+        let fence = Arc::new(fence.planted(config.planted));
         let leads = Arc::default();
         let writer = Arc::new(Writer::start(disk.engine(), Arc::clone(&leads)));
         let log = LogStore::open(disk.clone(), Arc::clone(&writer), config.planted).map_err(stopped)?;
@@ -214,7 +206,7 @@ impl Store {
         let _ = service.raft.set(raft.clone());
 
         let mut tasks = JoinSet::new();
-        let lease = leadership::Lease::new(&raft, config.election.1);
+        let lease = leadership::Lease::new(&raft, config.election.1, config.planted);
         let (leading, leadership) = watch::channel(Leadership::Electing);
         let (failing, stopped) = watch::channel(None);
         let tell = Announcements { leadership: leading, stopped: failing, leads };

@@ -21,12 +21,15 @@ use uuid::Uuid;
 
 use crate::broken;
 use crate::chance::Chance;
+use crate::kernel;
 use crate::network::{Lane, Network, Place};
 use crate::trace::Trace;
 
 /// The agent of a node is at its place and this.
 pub const AGENT: Place = 100;
 const MEMORY: u64 = 64 << 30;
+/// Nobody says of a machine that it is off which comes on again so soon.
+const SOON: i64 = 1_500_000_000;
 /// Who is not answered for so long does not know whether the step was done.
 const LOST: Duration = Duration::from_secs(3);
 
@@ -48,6 +51,10 @@ struct Inner {
 
 #[derive(Default)]
 struct Host {
+    /// The machine is off until then.
+    off_until: Option<i64>,
+    /// How often it was switched on.
+    boots: u64,
     epoch: u64,
     domains: BTreeMap<String, DomainState>,
     done: BTreeMap<String, Result<DomainState, Refusal>>,
@@ -134,6 +141,29 @@ impl Hosts {
         })
     }
 
+    /// A machine goes off until then, and its guests are gone.
+    pub fn switch_off(&self, node: u64, until: i64) {
+        self.with(node, |host| {
+            host.off_until = Some(until);
+            host.boots += 1;
+            host.domains.clear();
+            host.watchers.clear();
+        });
+    }
+
+    /// A machine that is off for some time yet.
+    #[must_use]
+    pub fn off(&self) -> Option<u64> {
+        let inner = self.0.lock();
+        let soon = kernel::now() + SOON;
+        inner.hosts.iter().find(|(_, host)| host.off_until.is_some_and(|until| until > soon)).map(|(node, _)| *node)
+    }
+
+    /// Every machine is on.
+    pub fn mend(&self) {
+        self.0.lock().hosts.values_mut().for_each(|host| host.off_until = None);
+    }
+
     /// A guest ends by itself, on some host.
     pub fn lose_a_domain(&self) {
         let inner = &mut *self.0.lock();
@@ -170,6 +200,11 @@ impl Hosts {
         if chance.one_in(10) { chance.millis(500, 5_000) } else { chance.millis(1, 80) }
     }
 
+    fn is_off(&self, node: u64) -> bool {
+        let is_off = |host: &mut Host| host.off_until.is_some_and(|until| until > kernel::now());
+        self.with(node, is_off).unwrap_or(true)
+    }
+
     fn with<T>(&self, node: u64, act: impl FnOnce(&mut Host) -> T) -> Option<T> {
         self.0.lock().hosts.get_mut(&node).map(act)
     }
@@ -195,6 +230,9 @@ impl Remote {
         let (from, to, node) = (self.from, AGENT + self.node, self.node);
         let (hosts, network, back) = (self.hosts.clone(), self.network.clone(), self.network.clone());
         let answer = move || {
+            if hosts.is_off(node) {
+                return;
+            }
             if let Some(answer) = hosts.with(node, act) {
                 back.post(to, from, move || drop(tell.send(answer)));
             }
@@ -218,6 +256,7 @@ impl Agent for Remote {
                     memory_total: MEMORY,
                     memory_free: MEMORY,
                     control_domain_memory: 1 << 28,
+                    boot_id: format!("{}.{}", self.node, self.hosts.with(self.node, |host| host.boots).unwrap_or(0)),
                     ..HostFacts::default()
                 };
                 let host = host_uuid(self.node).to_string();

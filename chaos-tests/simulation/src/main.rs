@@ -35,6 +35,9 @@ enum Mistake {
     ReadsWhileDeposed,
     KeepsItsLease,
     ForgetsTombstones,
+    VotesBehindItsFence,
+    CountsLearners,
+    TrustsAllClocks,
 }
 
 impl From<Mistake> for Planted {
@@ -44,6 +47,9 @@ impl From<Mistake> for Planted {
             Mistake::ReadsWhileDeposed => Self::ReadsWhileDeposed,
             Mistake::KeepsItsLease => Self::KeepsItsLease,
             Mistake::ForgetsTombstones => Self::ForgetsTombstones,
+            Mistake::VotesBehindItsFence => Self::VotesBehindItsFence,
+            Mistake::CountsLearners => Self::CountsLearners,
+            Mistake::TrustsAllClocks => Self::TrustsAllClocks,
         }
     }
 }

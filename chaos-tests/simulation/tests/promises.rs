@@ -59,3 +59,13 @@ fn keeping_the_lease_after_handing_over_is_found() {
 fn forgetting_a_tombstone_early_is_found() {
     is_found("forgets-tombstones", "1", "watcher");
 }
+
+#[test]
+fn voting_behind_a_fence_is_found() {
+    is_found("votes-behind-its-fence", "1", "");
+}
+
+#[test]
+fn counting_a_learner_as_a_voter_is_found() {
+    is_found("counts-learners", "1", "not linearizable");
+}

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may take a failure for what it is")]
 
 mod backup;
+mod certificates;
 mod continuity;
 mod events;
 mod lab;

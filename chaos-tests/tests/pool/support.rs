@@ -75,3 +75,51 @@ pub fn processes_with(words: &[&str]) -> Vec<i32> {
     let own = std::process::id() as i32;
     ids.filter(|pid| *pid != own && lives(*pid) && words.iter().all(|word| about(pid).contains(word))).collect()
 }
+
+/// Whether the pool shows a host as live.
+pub async fn is_live(client: &mut Client, host: &str) -> bool {
+    let metrics = client.persist(SOON, "host.get_metrics", json!([host])).await.unwrap();
+    client.persist(SOON, "host_metrics.get_live", json!([metrics])).await.unwrap() == true
+}
+
+/// Waits until a host is a live member of the pool that this client talks to.
+pub async fn until_member(client: &mut Client, uuid: &str) -> String {
+    until(SOON, "the host to be a live member", async || {
+        let host = client.persist(SOON, "host.get_by_uuid", json!([uuid])).await.ok()?;
+        let host = text(&host);
+        is_live(client, &host).await.then_some(host)
+    })
+    .await
+}
+
+/// A witness of the lab's pool, ended with the test.
+pub struct Witness {
+    pub process: tokio::process::Child,
+    pub dir: tempfile::TempDir,
+}
+
+impl Witness {
+    /// Enrolled by the lab's master.
+    pub async fn enrol(lab: &Lab) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // The next address of the lab's.
+        let address = std::net::Ipv4Addr::from(u32::from(lab.base()) + 9);
+        let config = format!(
+            "uuid = \"{}\"\ndata_dir = \"{}\"\nlisten = \"{address}:8444\"\n",
+            uuid::Uuid::new_v4(),
+            dir.path().join("data").display()
+        );
+        std::fs::write(dir.path().join("witness.toml"), config).unwrap();
+        let log = std::fs::File::create(lab.dir().join("witness.log")).unwrap();
+        let master = lab.made().master().unwrap().endpoint().unwrap().to_string();
+        let process = tokio::process::Command::new(lab.program())
+            .args(["controller", "--witness", "--join", master.trim_start_matches("https://"), "--config"])
+            .arg(dir.path().join("witness.toml"))
+            .env("XENITH_ROOT_PASSWORD", &lab.made().password)
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        Self { process, dir }
+    }
+}

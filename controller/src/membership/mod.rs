@@ -13,6 +13,8 @@ pub(crate) mod mastership;
 pub(crate) mod precondition;
 pub(crate) mod rotation;
 pub(crate) mod seat;
+pub(crate) mod stranger;
+pub(crate) mod trust;
 pub(crate) mod voters;
 
 use datamodel::fields::{host, host_metrics, member, pool};
@@ -24,7 +26,9 @@ use crate::failure::{Served, refuse};
 use crate::repeats::Stage;
 
 pub use join::{Newcomer, enrol_witness};
-pub use seat::{Abroad, Alone, AskError, Home, Seat, Surroundings};
+pub use rotation::told_to_have;
+pub use seat::{Abroad, Alone, AskError, Home, Peers, Seat, Standing, Surroundings};
+pub use trust::Trust;
 pub use voters::Policy as VoterPolicy;
 
 /// How a member stands; the word in its row.
