@@ -23,11 +23,12 @@ mod placement;
 mod reconcile;
 mod repeats;
 mod sessions;
+mod storage;
 mod tasks;
 #[cfg(test)]
 mod tests;
 
-pub use agent::{Agent, AgentError, Agents};
+pub use agent::{Agent, AgentError, Agents, Performed};
 pub use call::{Caller, Event, EventBatch, Refusal, Reply, Request, Transport};
 pub use clock::{Clock, SystemClock, WrongClock};
 pub use controller::{Controller, ControllerConfig};

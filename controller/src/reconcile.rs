@@ -23,7 +23,7 @@ use crate::agent::Agent;
 use crate::controller::Shared;
 use crate::failure::{Failure, Served};
 use crate::membership::LEAVING;
-use crate::operations::{Shadow, show};
+use crate::operations::{refresh, show};
 use crate::{first_boot, placement};
 
 /// A host that is silent for this long is shown as not live.
@@ -251,9 +251,8 @@ async fn settle(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState)
         tracing::info!(vm = domain.vm, host = %host_ref, state = ?domain.state(), reason = domain.reason, "a domain changed by itself");
         let mut change = shared.transaction();
         change.expect_row(row);
-        let mut after = Shadow::new(row);
-        show(shared, &state, &mut change, row, host_ref, domain, &mut after);
-        change.set(row.typed::<Vm>(), vm::ALLOWED_OPERATIONS, after.allowed(row));
+        show(shared, &state, &mut change, row, host_ref, domain);
+        refresh(&state, &mut change);
         match shared.store.commit(change).await {
             Ok(_) => return Ok(true),
             Err(CommitError::Conflict(_)) => {}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use controller::{Agent, AgentError, Agents};
+use controller::{Agent, AgentError, Agents, Performed};
 use futures::StreamExt;
 use futures::stream::{BoxStream, poll_fn};
 use parking_lot::Mutex;
@@ -50,7 +50,7 @@ struct Inner {
 struct Host {
     epoch: u64,
     domains: BTreeMap<String, DomainState>,
-    done: BTreeMap<String, Result<DomainState, Refusal>>,
+    done: BTreeMap<(String, u32), Result<DomainState, Refusal>>,
     next_domid: i64,
     watchers: Vec<mpsc::UnboundedSender<AgentEvent>>,
 }
@@ -74,11 +74,11 @@ impl Host {
 
     fn perform(&mut self, step: &Step) -> Result<DomainState, Refusal> {
         self.admit(step.epoch)?;
-        if let Some(outcome) = self.done.get(&step.operation) {
+        if let Some(outcome) = self.done.get(&(step.operation.clone(), step.number)) {
             return outcome.clone();
         }
         let outcome = self.act(step);
-        self.done.insert(step.operation.clone(), outcome.clone());
+        self.done.insert((step.operation.clone(), step.number), outcome.clone());
         outcome
     }
 
@@ -226,11 +226,11 @@ impl Agent for Remote {
         }
     }
 
-    async fn perform(&self, step: Step, limit: Duration) -> Result<DomainState, AgentError> {
+    async fn perform(&self, step: Step, limit: Duration) -> Result<Performed, AgentError> {
         let takes = self.hosts.effort();
         match self.ask(takes, limit.min(takes + LOST), move |host| host.perform(&step)).await {
             None => Err(AgentError::Unknown("no answer".into())),
-            Some(outcome) => outcome.map_err(AgentError::Refused),
+            Some(outcome) => outcome.map(Performed::Domain).map_err(AgentError::Refused),
         }
     }
 

@@ -6,13 +6,12 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use proto::agent::agent_client::AgentClient;
-use proto::agent::outcome::Result as Outcome;
-use proto::agent::{AgentEvent, DomainState, HelloReply, HelloRequest, Step, WatchRequest};
+use proto::agent::{AgentEvent, HelloReply, HelloRequest, Step, WatchRequest};
 use raft_store::PeerTls;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use super::{Agent, AgentError};
+use super::{Agent, AgentError, Performed};
 
 const HELLO_LIMIT: Duration = Duration::from_secs(3);
 
@@ -65,15 +64,12 @@ impl Agent for GrpcAgent {
         limited(HELLO_LIMIT, self.client.clone().hello(request)).await
     }
 
-    async fn perform(&self, step: Step, limit: Duration) -> Result<DomainState, AgentError> {
-        match limited(limit, self.client.clone().perform(step)).await?.result {
-            Some(Outcome::Domain(state)) => Ok(state),
-            Some(Outcome::Refusal(refusal)) => Err(AgentError::Refused(refusal)),
-            Some(Outcome::Store(_) | Outcome::Volume(_)) => {
-                Err(AgentError::Unknown("an outcome of another kind".into()))
-            }
-            None => Err(AgentError::Unknown("an empty outcome".into())),
+    async fn perform(&self, step: Step, limit: Duration) -> Result<Performed, AgentError> {
+        let outcome = limited(limit, self.client.clone().perform(step)).await?;
+        if outcome.result.is_none() {
+            return Err(AgentError::Unknown("an empty outcome".into()));
         }
+        Performed::try_from(outcome).map_err(AgentError::Refused)
     }
 
     async fn watch(

@@ -10,7 +10,7 @@ use raft_store::{NewRow, Row, Transaction};
 use crate::call::Call;
 use crate::failure::{Failure, Served, refuse};
 use crate::membership::departure;
-use crate::operations::{Shadow, Verb, run};
+use crate::operations::{Power, refresh, run_power};
 use crate::{implicit, lifecycle, placement};
 
 /// Fields that a clone does not take from its original.
@@ -48,11 +48,6 @@ fn metrics(cx: &Call, change: &mut Transaction) -> Ref<VmMetrics> {
     reference
 }
 
-fn set_allowed(change: &mut Transaction, row: &Row, edits: &[(u16, Value)]) {
-    let shadow = row.with_values(edits);
-    change.set(row.typed::<Vm>(), vm::ALLOWED_OPERATIONS, lifecycle::allowed_operations(&shadow));
-}
-
 async fn duplicate(cx: &Call, this: Ref<Vm>, name: String, operation: Op) -> Served<Ref<Vm>> {
     let row = cx.row(this)?;
     lifecycle::check(&row, operation)?;
@@ -85,12 +80,7 @@ async fn duplicate(cx: &Call, this: Ref<Vm>, name: String, operation: Op) -> Ser
         (vm::DOMID.index(), Value::Int(-1)),
         (vm::OTHER_CONFIG.index(), datamodel::FieldValue::into_value(other_config)),
     ]);
-    let edits: Vec<(u16, Value)> = fields.clone();
     change.insert_values(Vm::ID, reference.opaque(), fields);
-    let fresh =
-        [(vm::CURRENT_OPERATIONS.index(), Value::map([])), (vm::IS_DEFAULT_TEMPLATE.index(), Value::Bool(false))];
-    let shadow = row.with_values(&edits).with_values(&fresh);
-    change.set(reference, vm::ALLOWED_OPERATIONS, lifecycle::allowed_operations(&shadow));
     for device in row.get(vm::VIFS) {
         if let Some(original) = cx.state.row::<datamodel::Vif>(device) {
             change.insert(
@@ -104,6 +94,7 @@ async fn duplicate(cx: &Call, this: Ref<Vm>, name: String, operation: Op) -> Ser
             );
         }
     }
+    refresh(&cx.state, &mut change);
     cx.commit(change).await?;
     Ok(reference)
 }
@@ -148,24 +139,9 @@ pub(super) async fn create(cx: &Call, record: Value) -> Served<Ref<Vm>> {
         let hvm = find("HVM_boot_policy").is_some_and(|value| value.as_str().is_some_and(|text| !text.is_empty()));
         more.push((vm::DOMAIN_TYPE.index(), Value::Enum(if hvm { DomainType::Hvm } else { DomainType::Pv }.as_str())));
     }
-    let template = matches!(find("is_a_template"), Some(Value::Bool(true)));
-    let allowed = if template {
-        vec![Op::Clone, Op::Copy, Op::Provision, Op::Destroy]
-    } else {
-        vec![
-            Op::Start,
-            Op::StartOn,
-            Op::Clone,
-            Op::Copy,
-            Op::Destroy,
-            Op::MakeIntoTemplate,
-            Op::ChangingStaticRange,
-            Op::ChangingDynamicRange,
-        ]
-    };
-    more.push((vm::ALLOWED_OPERATIONS.index(), datamodel::FieldValue::into_value(allowed)));
     let reference = implicit::insert(cx, &mut change, Vm::ID, record, more)?;
     change.put(Ref::<Vm>::from_opaque(reference), vm::OTHER_CONFIG, "mac_seed".to_owned(), cx.uuid().to_string());
+    refresh(&cx.state, &mut change);
     cx.commit(change).await?;
     Ok(Ref::from_opaque(reference))
 }
@@ -202,28 +178,32 @@ pub(super) async fn provision(cx: &Call, this: Ref<Vm>) -> Served<()> {
     if cx.state.row(metrics_ref).is_some() {
         change.set(metrics_ref, vm_metrics::INSTALL_TIME, cx.now());
     }
-    set_allowed(&mut change, &row, &[(vm::IS_A_TEMPLATE.index(), Value::Bool(false))]);
+    refresh(&cx.state, &mut change);
     cx.commit(change).await.map(drop)
 }
 
+const fn start_kind(paused: bool) -> Power {
+    if paused { Power::StartPaused } else { Power::Start }
+}
+
 pub(super) async fn start(cx: &Call, this: Ref<Vm>, paused: bool, _force: bool) -> Served<()> {
-    run(cx, this, Op::Start, Verb::Start { paused }, None).await
+    run_power(cx, this, Op::Start, start_kind(paused), None).await
 }
 
 pub(super) async fn start_on(cx: &Call, this: Ref<Vm>, host: Ref<Host>, paused: bool, _force: bool) -> Served<()> {
-    run(cx, this, Op::StartOn, Verb::Start { paused }, Some(host)).await
+    run_power(cx, this, Op::StartOn, start_kind(paused), Some(host)).await
 }
 
 pub(super) async fn pause(cx: &Call, this: Ref<Vm>) -> Served<()> {
-    run(cx, this, Op::Pause, Verb::Pause, None).await
+    run_power(cx, this, Op::Pause, Power::Pause, None).await
 }
 
 pub(super) async fn unpause(cx: &Call, this: Ref<Vm>) -> Served<()> {
-    run(cx, this, Op::Unpause, Verb::Unpause, None).await
+    run_power(cx, this, Op::Unpause, Power::Unpause, None).await
 }
 
 pub(super) async fn clean_shutdown(cx: &Call, this: Ref<Vm>) -> Served<()> {
-    run(cx, this, Op::CleanShutdown, Verb::CleanShutdown, None).await
+    run_power(cx, this, Op::CleanShutdown, Power::CleanShutdown, None).await
 }
 
 pub(super) async fn hard_shutdown(cx: &Call, this: Ref<Vm>) -> Served<()> {
@@ -232,7 +212,7 @@ pub(super) async fn hard_shutdown(cx: &Call, this: Ref<Vm>) -> Served<()> {
     if row.get(vm::POWER_STATE) == VmPowerState::Halted && !row.get(vm::IS_A_TEMPLATE) {
         return Ok(());
     }
-    run(cx, this, Op::HardShutdown, Verb::HardShutdown, None).await
+    run_power(cx, this, Op::HardShutdown, Power::HardShutdown, None).await
 }
 
 /// Asks first, then does not ask.
@@ -247,11 +227,11 @@ pub(super) async fn shutdown(cx: &Call, this: Ref<Vm>) -> Served<()> {
 }
 
 pub(super) async fn clean_reboot(cx: &Call, this: Ref<Vm>) -> Served<()> {
-    run(cx, this, Op::CleanReboot, Verb::CleanReboot, None).await
+    run_power(cx, this, Op::CleanReboot, Power::CleanReboot, None).await
 }
 
 pub(super) async fn hard_reboot(cx: &Call, this: Ref<Vm>) -> Served<()> {
-    run(cx, this, Op::HardReboot, Verb::HardReboot, None).await
+    run_power(cx, this, Op::HardReboot, Power::HardReboot, None).await
 }
 
 pub(super) async fn get_possible_hosts(cx: &Call, this: Ref<Vm>) -> Served<Vec<Ref<Host>>> {
@@ -267,7 +247,8 @@ pub(super) async fn assert_can_boot_here(cx: &Call, this: Ref<Vm>, host: Ref<Hos
 pub(super) async fn update_allowed_operations(cx: &Call, this: Ref<Vm>) -> Served<()> {
     let row = cx.row(this)?;
     let mut change = cx.transaction();
-    change.expect_row(&row).set(this, vm::ALLOWED_OPERATIONS, Shadow::new(&row).allowed(&row));
+    change.expect_row(&row).touch(Vm::ID, this.opaque());
+    refresh(&cx.state, &mut change);
     cx.commit(change).await.map(drop)
 }
 
@@ -300,7 +281,7 @@ pub(super) async fn set_is_a_template(cx: &Call, this: Ref<Vm>, value: bool) -> 
     }
     let mut change = cx.transaction();
     change.expect_row(&row).set(this, vm::IS_A_TEMPLATE, value);
-    set_allowed(&mut change, &row, &[(vm::IS_A_TEMPLATE.index(), Value::Bool(value))]);
+    refresh(&cx.state, &mut change);
     cx.commit(change).await.map(drop)
 }
 

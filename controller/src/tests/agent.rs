@@ -13,7 +13,7 @@ use proto::agent::{
 use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
-use crate::{Agent, AgentError};
+use crate::{Agent, AgentError, Performed};
 
 const MEMORY: u64 = 16 << 30;
 
@@ -66,7 +66,7 @@ impl Agent for Obedient {
         Ok(HelloReply { version: 1, host: self.host.to_string(), facts: Some(facts), ..HelloReply::default() })
     }
 
-    async fn perform(&self, step: Step, _: Duration) -> Result<DomainState, AgentError> {
+    async fn perform(&self, step: Step, _: Duration) -> Result<Performed, AgentError> {
         self.begun.send_modify(|begun| *begun += 1);
         let mut open = self.open.subscribe();
         open.wait_for(|open| *open).await.map_err(|error| AgentError::Unknown(error.to_string()))?;
@@ -75,7 +75,7 @@ impl Agent for Obedient {
             Some(Action::Pause(_)) => (PowerState::Paused, 7),
             _ => (PowerState::Halted, -1),
         };
-        Ok(DomainState { vm: step.vm, state: state.into(), domid, ..DomainState::default() })
+        Ok(Performed::Domain(DomainState { vm: step.vm, state: state.into(), domid, ..DomainState::default() }))
     }
 
     async fn watch(&self, _: WatchRequest) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError> {
