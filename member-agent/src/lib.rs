@@ -15,6 +15,7 @@
 
 mod agent;
 mod config;
+mod console;
 mod facts;
 mod files;
 pub mod hypervisor;

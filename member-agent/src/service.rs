@@ -14,10 +14,11 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
 use crate::config::Config;
+use crate::console;
 use crate::facts::Host;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::domain::Refusal;
@@ -28,6 +29,8 @@ use crate::wire as words;
 
 /// The version of the protocol this agent speaks.
 const VERSION: u32 = 1;
+/// Who wants a console says which within this.
+const FIRST_LIMIT: Duration = Duration::from_secs(3);
 /// A watcher hears at least this often.
 const BEAT: Duration = Duration::from_millis(500);
 
@@ -60,6 +63,26 @@ impl Service {
 #[tonic::async_trait]
 impl AgentCalls for Service {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::AgentEvent, Status>> + Send>>;
+
+    type OpenConsoleStream = Pin<Box<dyn Stream<Item = Result<wire::ConsoleBytes, Status>> + Send>>;
+
+    async fn open_console(
+        &self,
+        request: Request<Streaming<wire::ConsoleBytes>>,
+    ) -> Result<Response<Self::OpenConsoleStream>, Status> {
+        self.identity.check(&request)?;
+        let mut typed = request.into_inner();
+        let first = tokio::time::timeout(FIRST_LIMIT, typed.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("which console?"))??;
+        let name = first.and_then(|first| first.console);
+        let name = name.ok_or_else(|| Status::invalid_argument("the first message says which console"))?;
+        let vm = words::vm(&name.vm)?;
+        let domain = self.hypervisor.roster().get(vm).ok_or_else(|| Status::not_found("no such domain"))?;
+        let stream = console::connect(&domain, &name.protocol).await?;
+        let (shown, told) = mpsc::channel(console::WAITING_PIECES);
+        self.tasks.spawn(console::through(stream, typed, shown, self.shutdown.clone()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(told))))
+    }
 
     async fn hello(&self, request: Request<wire::HelloRequest>) -> Result<Response<wire::HelloReply>, Status> {
         self.identity.check(&request)?;

@@ -12,9 +12,12 @@ use async_trait::async_trait;
 use futures::stream::BoxStream;
 use parking_lot::Mutex;
 use proto::agent::{
-    AgentEvent, DomainState, HelloReply, HelloRequest, Outcome, Refusal, Step, StoreState, VolumeState, WatchRequest, outcome,
+    AgentEvent, DomainState, HelloReply, HelloRequest, Outcome, Refusal, Step, StoreState, VolumeState, WatchRequest,
+    outcome,
 };
 use raft_store::PeerTls;
+
+use crate::handlers::Tunnel;
 
 /// Why an agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +84,10 @@ pub trait Agent: Send + Sync + 'static {
         &self,
         request: WatchRequest,
     ) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError>;
+    /// Opens the console of a domain. An agent without domains has none.
+    async fn console(&self, _pool: &str, vm: &str, _protocol: &str) -> Result<Tunnel, AgentError> {
+        Err(AgentError::Unreachable(format!("{vm} has no console here")))
+    }
 }
 
 type Connect = dyn Fn(&str) -> Result<Arc<dyn Agent>, AgentError> + Send + Sync;

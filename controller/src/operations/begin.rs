@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use datamodel::{ApiError, ClassKind, Host, Key, Operation, Ref, Task, Value, Vm, errors};
 use datamodel::fields::operation;
+use datamodel::{ApiError, ClassKind, Host, Key, Operation, Ref, Task, Value, Vm, errors};
 use raft_store::{CommitError, Row, State, Transaction};
 use tracing::Instrument;
 

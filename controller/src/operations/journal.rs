@@ -59,9 +59,9 @@ impl Journal {
     pub(super) fn read(row: &Row) -> Self {
         let parameters = row.get(operation::PARAMETERS);
         let numbered = |prefix: &str| -> BTreeMap<u32, Vec<u8>> {
-            let entries = parameters.iter().filter_map(|(key, text)| {
-                Some((key.strip_prefix(prefix)?.parse().ok()?, BASE64.decode(text).ok()?))
-            });
+            let entries = parameters
+                .iter()
+                .filter_map(|(key, text)| Some((key.strip_prefix(prefix)?.parse().ok()?, BASE64.decode(text).ok()?)));
             entries.collect()
         };
         let did = numbered(DID);
@@ -176,10 +176,11 @@ impl Journal {
         for (number, undo) in &self.undo {
             left.insert(format!("{UNDO}{number}"), BASE64.encode(undo.encode()));
         }
-        change
-            .set(self.reference, operation::PARAMETERS, left)
-            .set(self.reference, operation::TASK, Ref::NULL)
-            .set(self.reference, operation::VM, Ref::NULL);
+        change.set(self.reference, operation::PARAMETERS, left).set(self.reference, operation::TASK, Ref::NULL).set(
+            self.reference,
+            operation::VM,
+            Ref::NULL,
+        );
     }
 
     fn owes(&self, number: &str) -> bool {

@@ -18,25 +18,31 @@ mod adopt;
 mod allowed;
 mod begin;
 mod engine;
+mod guest;
 mod journal;
+mod live;
 mod power;
 mod refusals;
 mod shown;
 mod step;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::{ApiError, Value};
+use futures::future::BoxFuture;
 use proto::agent::Refusal;
 use raft_store::{State, Transaction};
 
 pub(crate) use self::adopt::adopt;
 pub(crate) use self::allowed::refresh;
 pub(crate) use self::begin::{Draft, run};
+pub(crate) use self::engine::is_cancelled;
 pub(crate) use self::journal::Journal;
-pub(crate) use self::power::{Power, run_power};
+pub(crate) use self::live::{Limits, send_sysrq, set_memory, set_vcpus};
+pub(crate) use self::power::{Power, clean_shutdown, hard_shutdown, run_power, shutdown};
 pub(crate) use self::refusals::OF_STORES;
-pub(crate) use self::shown::show;
+pub(crate) use self::shown::{is_shown, show};
 pub(crate) use self::step::{LONG_LIMIT, Planned, address};
 use crate::agent::Performed;
 use crate::controller::Shared;
@@ -50,7 +56,8 @@ pub(crate) const CLEAN_LIMIT: Duration = Duration::from_secs(1200);
 const ATTEMPTS: usize = 40;
 
 /// What may be in the journal.
-const KINDS: &[&[&dyn Kind]] = &[power::KINDS, crate::storage::KINDS];
+const KINDS: &[&[&dyn Kind]] =
+    &[power::KINDS, live::KINDS, crate::storage::KINDS, crate::appliances::KINDS, crate::schedules::KINDS];
 
 fn kind(verb: &str) -> Option<&'static dyn Kind> {
     KINDS.iter().flat_map(|kinds| kinds.iter()).find(|kind| kind.verb() == verb).copied()
@@ -66,6 +73,12 @@ pub(crate) trait Kind: Send + Sync {
     /// # Errors
     /// A row that it needs is gone.
     fn plan(&self, seen: &Seen<'_>) -> Served<Vec<Planned>>;
+
+    /// What it does when its steps are done, where it is made of other operations. Whoever adopts it begins this anew, so
+    /// it looks at what is there and does what is left.
+    fn work<'a>(&'a self, _shared: &'a Arc<Shared>, _journal: &'a Journal) -> Option<BoxFuture<'a, Served<()>>> {
+        None
+    }
 
     /// Writes what its success means; what its call answers.
     ///
