@@ -1,7 +1,7 @@
 //! Why a call did not end well: an error of the API, or a lead that went away before anything was done.
 
-use datamodel::{Answer, ApiError, ClassKind, errors};
 use crate::operations::OF_STORES;
+use datamodel::{Answer, ApiError, ClassKind, errors};
 use raft_store::{CommitError, Conflict, NotLeader};
 
 /// Inside the controller, what a client cannot see is kept apart from what it can.

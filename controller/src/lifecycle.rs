@@ -69,6 +69,7 @@ const SERVED: &[Op] = &[
     Op::CleanReboot,
     Op::HardShutdown,
     Op::HardReboot,
+    Op::Snapshot,
     Op::Clone,
     Op::Copy,
     Op::Destroy,

@@ -7,6 +7,8 @@ use datamodel::fields::{host, host_metrics, vm};
 use datamodel::{ApiError, Host, Ref, Vm, errors};
 use raft_store::{Row, State};
 
+use crate::storage::disks;
+
 /// What a VM needs to start, in bytes.
 pub(crate) fn need(row: &Row) -> i64 {
     row.get(vm::MEMORY_DYNAMIC_MIN).saturating_add(row.get(vm::MEMORY_OVERHEAD))
@@ -41,6 +43,9 @@ pub(crate) fn check(state: &State, vm_row: &Row, host_row: &Row) -> Result<(), A
     }
     if !host_row.get(host::ENABLED) {
         return Err(errors::host_disabled(reference));
+    }
+    if let Some(store) = disks::out_of_reach(state, vm_row, reference) {
+        return Err(errors::vm_requires_sr(vm_row.typed::<Vm>(), store));
     }
     let (needed, available) = (need(vm_row), free_memory(state, host_row));
     if needed > available {

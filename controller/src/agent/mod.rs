@@ -12,7 +12,8 @@ use async_trait::async_trait;
 use futures::stream::BoxStream;
 use parking_lot::Mutex;
 use proto::agent::{
-    AgentEvent, DomainState, HelloReply, HelloRequest, Outcome, Refusal, Step, StoreState, VolumeState, WatchRequest, outcome,
+    AgentEvent, DomainState, HelloReply, HelloRequest, Outcome, Refusal, Step, StoreState, VolumeState, WatchRequest,
+    outcome,
 };
 use raft_store::PeerTls;
 

@@ -71,7 +71,12 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
                 journal.undo.remove(&number);
                 return refuse(error);
             }
-            Err(StepError::Lost(error)) => return refuse(error),
+            Err(StepError::Lost(error)) => {
+                if step.undone_if_known {
+                    journal.undo.remove(&number);
+                }
+                return refuse(error);
+            }
         };
         journal.outcomes.push(outcome);
         let plan = kind.plan(&Seen { state: &state, journal })?;
@@ -210,9 +215,7 @@ async fn settle(
 fn let_go(state: &State, change: &mut Transaction, journal: &Journal) {
     let task = Key::from(journal.task.to_string().as_str());
     for (class, reference) in journal.held() {
-        if let (Some(row), Some(field)) =
-            (state.row_of(class, reference), class.def().field("current_operations"))
-        {
+        if let (Some(row), Some(field)) = (state.row_of(class, reference), class.def().field("current_operations")) {
             change.expect_row(row).remove_from_map(class, reference, field, task.clone());
         }
     }

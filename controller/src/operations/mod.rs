@@ -17,9 +17,11 @@
 mod adopt;
 mod allowed;
 mod begin;
+mod duplicate;
 mod engine;
 mod journal;
 mod power;
+mod provision;
 mod refusals;
 mod shown;
 mod step;
@@ -30,14 +32,16 @@ use datamodel::{ApiError, Value};
 use proto::agent::Refusal;
 use raft_store::{State, Transaction};
 
-pub(crate) use self::adopt::adopt;
+pub(crate) use self::adopt::{adopt, owed_volumes};
 pub(crate) use self::allowed::refresh;
 pub(crate) use self::begin::{Draft, run};
+pub(crate) use self::duplicate::{Asked, Duplicate, duplicate};
 pub(crate) use self::journal::Journal;
 pub(crate) use self::power::{Power, run_power};
+pub(crate) use self::provision::provision;
 pub(crate) use self::refusals::OF_STORES;
 pub(crate) use self::shown::show;
-pub(crate) use self::step::{LONG_LIMIT, Planned, address};
+pub(crate) use self::step::Planned;
 use crate::agent::Performed;
 use crate::controller::Shared;
 use crate::failure::{Served, refuse};
@@ -50,10 +54,15 @@ pub(crate) const CLEAN_LIMIT: Duration = Duration::from_secs(1200);
 const ATTEMPTS: usize = 40;
 
 /// What may be in the journal.
-const KINDS: &[&[&dyn Kind]] = &[power::KINDS, crate::storage::KINDS];
+const KINDS: &[&[&[&dyn Kind]]] = &[&[power::KINDS, duplicate::KINDS, provision::KINDS], crate::storage::KINDS];
 
 fn kind(verb: &str) -> Option<&'static dyn Kind> {
-    KINDS.iter().flat_map(|kinds| kinds.iter()).find(|kind| kind.verb() == verb).copied()
+    KINDS
+        .iter()
+        .flat_map(|of_module| of_module.iter())
+        .flat_map(|kinds| kinds.iter())
+        .find(|kind| kind.verb() == verb)
+        .copied()
 }
 
 /// A kind of operation.

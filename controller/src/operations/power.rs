@@ -14,7 +14,8 @@ use raft_store::{LogIndex, Row, State};
 
 use super::{CLEAN_LIMIT, Draft, Ending, Kind, Planned, Seen, run, show};
 use crate::call::{Call, find};
-use crate::failure::Served;
+use crate::failure::{Failure, Served};
+use crate::storage::disks;
 use crate::{lifecycle, placement};
 
 /// What is done to a VM's power.
@@ -71,13 +72,7 @@ pub(crate) async fn run_power(
     run(call, power.kind(), move |draft| begin(draft, this, what, power, on)).await.map(drop)
 }
 
-fn begin(
-    draft: &mut Draft<'_>,
-    this: Ref<Vm>,
-    what: VmOperations,
-    power: Power,
-    on: Option<Ref<Host>>,
-) -> Served<()> {
+fn begin(draft: &mut Draft<'_>, this: Ref<Vm>, what: VmOperations, power: Power, on: Option<Ref<Host>>) -> Served<()> {
     let row = draft.row(this)?;
     lifecycle::check(&row, what)?;
     draft.hold(&row, what.as_str());
@@ -87,6 +82,7 @@ fn begin(
         let host_row = draft.row(host_ref)?;
         draft.change.expect_row(&host_row).touch(Host::ID, host_ref.opaque());
         draft.change.set(this, vm::SCHEDULED_TO_BE_RESIDENT_ON, host_ref);
+        disks::hold_all(draft, &row)?;
         host_ref
     } else {
         row.get(vm::RESIDENT_ON)
@@ -128,17 +124,17 @@ impl Kind for Power {
             return Ok(Vec::new());
         }
         let row = find(state, journal.vm)?;
-        let spec = || Some(spec(&row, journal.decided));
+        let spec = || Ok::<_, Failure>(Some(spec(state, &row, journal.host, journal.decided)?));
         let timeout_ms = u64::try_from(CLEAN_LIMIT.as_millis()).unwrap_or(u64::MAX);
         let action = match self {
-            Self::Start => Action::Start(StartDomain { spec: spec(), paused: false }),
-            Self::StartPaused => Action::Start(StartDomain { spec: spec(), paused: true }),
+            Self::Start => Action::Start(StartDomain { spec: spec()?, paused: false }),
+            Self::StartPaused => Action::Start(StartDomain { spec: spec()?, paused: true }),
             Self::Pause => Action::Pause(PauseDomain {}),
             Self::Unpause => Action::Unpause(UnpauseDomain {}),
             Self::CleanShutdown => Action::Shutdown(ShutdownDomain { timeout_ms }),
             Self::HardShutdown => Action::Destroy(DestroyDomain {}),
-            Self::CleanReboot => Action::Reboot(RebootDomain { clean: true, timeout_ms, spec: spec() }),
-            Self::HardReboot => Action::Reboot(RebootDomain { clean: false, timeout_ms: 0, spec: spec() }),
+            Self::CleanReboot => Action::Reboot(RebootDomain { clean: true, timeout_ms, spec: spec()? }),
+            Self::HardReboot => Action::Reboot(RebootDomain { clean: false, timeout_ms: 0, spec: spec()? }),
         };
         Ok(vec![Planned::new(journal.host, row.uuid(), action)])
     }
@@ -155,6 +151,9 @@ impl Kind for Power {
             let domain = if journal.outcomes.is_empty() { &gone } else { journal.domain(0)? };
             end.change.set(journal.vm, vm::SCHEDULED_TO_BE_RESIDENT_ON, Ref::NULL);
             show(end.shared, end.state, end.change, row, journal.host, domain);
+            if self.starts() && domain.state() != PowerState::Halted {
+                disks::attached(end.state, end.change, row);
+            }
         }
         Ok(Value::Void)
     }
@@ -170,10 +169,13 @@ fn unsigned<T: TryFrom<i64> + Default>(number: i64) -> T {
     T::try_from(number).unwrap_or_default()
 }
 
-/// What the agent is to make of a VM.
-fn spec(row: &Row, generation: LogIndex) -> DomainSpec {
+/// What the agent of a host is to make of a VM.
+///
+/// # Errors
+/// A disk is gone, or the host does not reach it.
+fn spec(state: &State, row: &Row, host_ref: Ref<Host>, generation: LogIndex) -> Served<DomainSpec> {
     let boot = row.get(vm::HVM_BOOT_PARAMS);
-    DomainSpec {
+    Ok(DomainSpec {
         vm: row.uuid().to_owned(),
         name: row.name_label().to_owned(),
         memory_static_max: unsigned(row.get(vm::MEMORY_STATIC_MAX)),
@@ -187,10 +189,10 @@ fn spec(row: &Row, generation: LogIndex) -> DomainSpec {
         generation: generation.0,
         firmware: boot.get("firmware").cloned().unwrap_or_else(|| "bios".into()),
         boot_order: boot.get("order").cloned().unwrap_or_else(|| "cd".into()),
-        disks: Vec::new(),
+        disks: disks::of_domain(state, row, host_ref)?,
         vifs: Vec::new(),
         on_shutdown: row.get(vm::ACTIONS_AFTER_SHUTDOWN).as_str().to_owned(),
         on_reboot: row.get(vm::ACTIONS_AFTER_REBOOT).as_str().to_owned(),
         on_crash: row.get(vm::ACTIONS_AFTER_CRASH).as_str().to_owned(),
-    }
+    })
 }

@@ -36,7 +36,9 @@ fn of_disk(disk: Option<&Disk>) -> Named<'_> {
 fn of_spec<'a>(spec: Option<&'a DomainSpec>, refusal: &Refusal) -> Named<'a> {
     // The disk that it is about is the one whose location the agent tells.
     let told = |disk: &&Disk| {
-        disk.volume.as_ref().is_some_and(|volume| !volume.location.is_empty() && refusal.detail.contains(&volume.location))
+        disk.volume
+            .as_ref()
+            .is_some_and(|volume| !volume.location.is_empty() && refusal.detail.contains(&volume.location))
     };
     let first = |spec: &'a DomainSpec| {
         spec.disks.iter().find(told).or_else(|| spec.disks.iter().find(|disk| disk.volume.is_some()))
@@ -96,8 +98,7 @@ pub(crate) fn error(state: &State, step: &Planned, refusal: &Refusal) -> ApiErro
         uuid.and_then(|uuid| state.by_uuid(class, uuid)).map_or(OpaqueRef::NULL, |row| row.reference)
     };
     let vm_ref = object(Vm::ID, Some(&step.subject));
-    let (sr_ref, vdi_ref, vbd_ref) =
-        (object(Sr::ID, names.sr), object(Vdi::ID, names.vdi), object(Vbd::ID, names.vbd));
+    let (sr_ref, vdi_ref, vbd_ref) = (object(Sr::ID, names.sr), object(Vdi::ID, names.vdi), object(Vbd::ID, names.vbd));
     let detail = refusal.detail.as_str();
     match refusal.reason() {
         Reason::NotEnoughMemory => {
@@ -130,7 +131,11 @@ pub(crate) fn error(state: &State, step: &Planned, refusal: &Refusal) -> ApiErro
         Reason::NoGuestSupport => errors::vm_missing_pv_drivers(vm_ref),
         Reason::Unsupported if !sr_ref.is_null() => errors::sr_operation_not_supported(sr_ref),
         Reason::Unspecified | Reason::StaleEpoch | Reason::Unsupported | Reason::Failed => {
-            if names.sr.is_none() { errors::internal_error(detail) } else { of_store("SR_BACKEND_FAILURE_100", refusal) }
+            if names.sr.is_none() {
+                errors::internal_error(detail)
+            } else {
+                of_store("SR_BACKEND_FAILURE_100", refusal)
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ use raft_store::{NewRow, Row, State, Transaction};
 
 use crate::controller::Shared;
 use crate::placement;
+use crate::storage::disks;
 
 /// Makes a VM's rows say what a domain is.
 pub(crate) fn show(
@@ -39,6 +40,7 @@ pub(crate) fn show(
         }
     } else {
         change.set(vm_ref, vm::RESIDENT_ON, Ref::NULL).set(vm_ref, vm::DOMID, -1);
+        disks::detached(state, change, vm_row);
         if state.row(metrics).is_some() {
             change.set(metrics, vm_metrics::MEMORY_ACTUAL, 0).set(metrics, vm_metrics::VCPUS_NUMBER, 0);
         }
