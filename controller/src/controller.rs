@@ -17,7 +17,7 @@ use crate::handlers::{self, Declined, Inquiry, Knock, Opened, Tunnel};
 use crate::in_hand::InHand;
 use crate::membership::emergency::LocalSessions;
 use crate::membership::{Surroundings, VoterPolicy, join, rotation, voters};
-use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, schedules, sessions, tasks};
+use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, schedules, sessions, storage, tasks};
 
 /// What a controller is told when it starts.
 #[derive(Clone)]
@@ -242,5 +242,6 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
         repeats::collect(shared),
         voters::keep(shared),
         rotation::keep(shared, epoch),
+        storage::keep(shared),
     );
 }

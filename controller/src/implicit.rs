@@ -161,6 +161,21 @@ pub(crate) fn insert(
     Ok(reference)
 }
 
+/// The fields that a client chooses for a new object, for work that makes it later. What they refer to must exist.
+pub(crate) fn chosen(call: &Call, class: ClassId, record: Value) -> Served<Vec<(u16, Value)>> {
+    let def = class.def();
+    let members = if let Value::Record(members) = record { members.into_vec() } else { Vec::new() };
+    check_members(def, &members)?;
+    let chooses = |index: &u16| def.field_def(*index).is_some_and(|field| field.qualifier != Qualifier::Runtime);
+    let fields: Vec<(u16, Value)> =
+        members.into_iter().filter_map(|(name, value)| Some((def.field(&name).filter(chooses)?, value))).collect();
+    let mut nothing = call.transaction();
+    for (index, value) in &fields {
+        expect_other_end(call, &mut nothing, def, *index, value)?;
+    }
+    Ok(fields)
+}
+
 /// A constructor's record must say everything that has no default.
 fn check_members(def: &ClassDef, members: &[(Cow<'static, str>, Value)]) -> Served<()> {
     let given: HashSet<&str> = members.iter().map(|(name, _)| name.as_ref()).collect();

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use datamodel::enums::{DomainType, OnCrashBehaviour, VmPowerState};
-use datamodel::fields::{host, host_metrics, network, pbd, pif, vbd, vdi, vif, vm};
-use datamodel::{ApiError, Host, Network, Pbd, Pif, Ref, Sr, Vbd, Vif, Vm, errors};
+use datamodel::fields::{host, host_metrics, network, pif, vbd, vdi, vif, vm};
+use datamodel::{ApiError, Host, Network, Pif, Ref, Sr, Vbd, Vif, Vm, errors};
 use raft_store::{Row, State};
+
+use crate::storage::reach::reaches;
 
 const MIB: i64 = 1 << 20;
 const PAGE: f64 = 4096.0;
@@ -155,12 +157,6 @@ fn srs(state: &State, vm_row: &Row) -> impl Iterator<Item = Ref<Sr>> {
     let srs = disks.chain(memory).filter_map(|disk| Some(state.row(disk)?.get(vdi::SR)));
     // What is not there cannot be reached, and is refused by a name of its own.
     srs.filter(|sr| state.row(*sr).is_some())
-}
-
-/// Whether a host is connected to an SR.
-pub(crate) fn reaches(state: &State, this: Ref<Host>, sr: Ref<Sr>) -> bool {
-    let connects = |row: &Arc<Row>| row.get(pbd::HOST) == this && row.get(pbd::SR) == sr;
-    state.all::<Pbd>().any(|row| connects(row) && row.get(pbd::CURRENTLY_ATTACHED))
 }
 
 fn networks(state: &State, vm_row: &Row) -> impl Iterator<Item = Ref<Network>> {

@@ -1,15 +1,18 @@
 //! Operations, tasks and answers that nobody has in hand.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::Operation;
 use datamodel::fields::operation;
-use raft_store::Row;
+use proto::agent::step::Action;
+use raft_store::{Row, State};
 use tokio::task::JoinSet;
 
 use super::engine;
 use super::journal::Journal;
+use super::step::Undo;
 use crate::controller::Shared;
 use crate::failure::{Failure, Served};
 use crate::{repeats, tasks};
@@ -81,4 +84,14 @@ async fn pay(shared: &Arc<Shared>, mut journal: Journal) -> Served<()> {
         tokio::time::sleep(UNDO_AGAIN).await;
     }
     Ok(())
+}
+
+/// Uuids of volumes that are still to be undone: they are nobody's disks.
+pub(crate) fn owed_volumes(state: &State) -> BTreeSet<String> {
+    let owed = |row: &Arc<Row>| Journal::read(row).undo.into_values();
+    let volume = |undo: Undo| match undo.action {
+        Action::DestroyVolume(destroy) => destroy.volume.map(|volume| volume.vdi),
+        _ => None,
+    };
+    state.all::<Operation>().flat_map(owed).filter_map(volume).collect()
 }

@@ -6,8 +6,8 @@
 
 use std::collections::BTreeSet;
 
-use datamodel::fields::{vbd, vdi, vm};
-use datamodel::{ClassId, ClassKind, FieldValue, OpaqueRef, Sr, Value, Vbd, Vdi, Vm, VmAppliance};
+use datamodel::fields::{pbd, sr, vbd, vdi, vm};
+use datamodel::{ClassId, ClassKind, FieldValue, OpaqueRef, Pbd, Ref, Sr, Value, Vbd, Vdi, Vm, VmAppliance};
 use raft_store::{State, Transaction};
 
 use crate::{appliances, lifecycle, storage};
@@ -49,6 +49,16 @@ pub(crate) fn refresh(state: &State, change: &mut Transaction) {
 /// An object, and those whose possibilities depend on it.
 fn concern(state: &State, object: Object, concerned: &mut BTreeSet<Object>) {
     let (class, reference) = object;
+    if class == Pbd::ID {
+        // Whether anybody is connected to a store decides on all its disks.
+        if let Some(row) = state.row_of(class, reference) {
+            let sr_ref: Ref<Sr> = row.get(pbd::SR);
+            concerned.insert((Sr::ID, sr_ref.opaque()));
+            let disks = state.row(sr_ref).map(|row| row.get(sr::VDIS)).unwrap_or_default();
+            concerned.extend(disks.into_iter().map(|disk: Ref<Vdi>| (Vdi::ID, disk.opaque())));
+        }
+        return;
+    }
     if ![Vm::ID, Vdi::ID, Vbd::ID, Sr::ID, VmAppliance::ID].contains(&class) || !concerned.insert(object) {
         return;
     }

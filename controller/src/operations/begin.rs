@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::fields::operation;
-use datamodel::{ApiError, ClassKind, Host, Key, Operation, Ref, Task, Value, Vm, errors};
+use datamodel::{ApiError, ClassId, ClassKind, Host, Key, Operation, Ref, Task, Value, Vm, errors};
 use raft_store::{CommitError, Row, State, Transaction};
 use tracing::Instrument;
 
@@ -60,6 +60,12 @@ impl Draft<'_> {
     /// What its steps need to know.
     pub(crate) fn note(&mut self, name: impl Into<String>, value: impl ToString) -> &mut Self {
         self.entry.parameters.insert(name.into(), value.to_string());
+        self
+    }
+
+    /// The fields of an object that it makes, for its end.
+    pub(crate) fn note_fields(&mut self, class: ClassId, fields: &[(u16, Value)]) -> &mut Self {
+        self.entry.note_fields(class, fields);
         self
     }
 

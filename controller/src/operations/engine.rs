@@ -76,7 +76,12 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
                 journal.undo.remove(&number);
                 return refuse(error);
             }
-            Err(StepError::Lost(error)) => return refuse(error),
+            Err(StepError::Lost(error)) => {
+                if step.undone_if_known {
+                    journal.undo.remove(&number);
+                }
+                return refuse(error);
+            }
         };
         journal.outcomes.push(outcome);
         let plan = kind.plan(&Seen { state: &state, journal })?;

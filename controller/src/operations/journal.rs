@@ -16,7 +16,9 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use datamodel::fields::operation;
-use datamodel::{ApiError, ClassId, ClassKind, Host, OpaqueRef, Operation, Ref, Task, Vm};
+use datamodel::{
+    ApiError, ClassId, ClassKind, Host, Input, OpaqueRef, Operation, Ref, Task, Value, Vm, convert, encode,
+};
 use proto::Message as _;
 use raft_store::{LogIndex, NewRow, Row, Transaction};
 use uuid::Uuid;
@@ -100,6 +102,18 @@ impl Journal {
     /// A parameter that is a number; zero where there is none.
     pub(crate) fn number(&self, name: &str) -> i64 {
         self.parameter(name).parse().unwrap_or(0)
+    }
+
+    /// What is to become the fields of an object that it makes, as they were noted.
+    pub(crate) fn fields(&self, class: ClassId) -> Vec<(u16, Value)> {
+        let noted: BTreeMap<String, serde_json::Value> =
+            serde_json::from_str(self.parameter(&fields_of(class))).unwrap_or_default();
+        let field = |(name, json): (String, serde_json::Value)| {
+            let index = class.def().field(&name)?;
+            let ty = &class.def().field_def(index)?.ty;
+            Some((index, convert(ty, Input::from(json), &name).ok()?))
+        };
+        noted.into_iter().filter_map(field).collect()
     }
 
     /// The next step's number.
@@ -188,6 +202,10 @@ impl Journal {
     }
 }
 
+fn fields_of(class: ClassId) -> String {
+    format!("{} fields", class.def().name)
+}
+
 /// A journal row that is being written.
 #[derive(Debug, Default)]
 pub(super) struct Entry {
@@ -209,6 +227,17 @@ impl Entry {
 
     pub(super) fn is_part(&mut self) {
         self.parameters.insert(MORE.to_owned(), "more".to_owned());
+    }
+
+    /// Notes the fields of an object that it makes.
+    pub(super) fn note_fields(&mut self, class: ClassId, fields: &[(u16, Value)]) {
+        let field = |(index, value): &(u16, Value)| {
+            let mut json = Vec::new();
+            encode::json(value, &mut json);
+            Some((class.def().field_def(*index)?.name, serde_json::from_slice(&json).ok()?))
+        };
+        let noted: BTreeMap<&str, serde_json::Value> = fields.iter().filter_map(field).collect();
+        self.parameters.insert(fields_of(class), serde_json::to_string(&noted).unwrap_or_default());
     }
 
     /// As it will be read, for the plan of its first step.

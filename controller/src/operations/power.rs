@@ -12,9 +12,11 @@ use proto::agent::{
 };
 use raft_store::{LogIndex, Row, State};
 
+use super::suspend::discard;
 use super::{CLEAN_LIMIT, Draft, Ending, Kind, Planned, Seen, run, show};
 use crate::call::{Call, find};
 use crate::failure::{Failure, Served};
+use crate::storage::disks;
 use crate::{lifecycle, placement};
 
 /// What is done to a VM's power.
@@ -81,12 +83,15 @@ pub(crate) async fn hard_shutdown(call: &Call, this: Ref<Vm>) -> Served<()> {
     let row = find(&state, this)?;
     match row.get(vm::POWER_STATE) {
         VmPowerState::Halted if !row.get(vm::IS_A_TEMPLATE) => Ok(()),
+        VmPowerState::Suspended => discard(call, this).await,
         _ => run_power(call, this, VmOperations::HardShutdown, Power::HardShutdown, None).await,
     }
 }
 
-/// Asks first, then does not ask. A VM that says how long its end may take is not waited for any longer.
+/// Asks first, then does not ask.
 pub(crate) async fn shutdown(call: &Call, this: Ref<Vm>) -> Served<()> {
+    let state = call.latest().await?;
+    lifecycle::check(&state, &*find(&state, this)?, VmOperations::Shutdown)?;
     match clean_shutdown(call, this).await {
         Err(Failure::Api(error)) => {
             tracing::info!(vm = %this, %error, "the guest did not shut down: power off");
@@ -100,23 +105,27 @@ fn begin(draft: &mut Draft<'_>, this: Ref<Vm>, what: VmOperations, power: Power,
     let row = draft.row(this)?;
     lifecycle::check(draft.state, &row, what)?;
     draft.hold(&row, what.as_str());
-    let host_ref = if power.starts() {
-        let host_ref = place(draft.call, draft.state, &row, on)?;
-        // The host's other starts are decided against this one: two that together do not fit cannot both commit.
-        let host_row = draft.row(host_ref)?;
-        draft.change.expect_row(&host_row).touch(Host::ID, host_ref.opaque());
-        let target = placement::target(&row, placement::free_memory(draft.state, &host_row));
-        draft.change.set(this, vm::SCHEDULED_TO_BE_RESIDENT_ON, host_ref).set(this, vm::MEMORY_TARGET, target).set(
-            this,
-            vm::MEMORY_OVERHEAD,
-            placement::overhead(&row),
-        );
-        host_ref
-    } else {
-        row.get(vm::RESIDENT_ON)
-    };
+    let host_ref = if power.starts() { reserve(draft, &row, on)? } else { row.get(vm::RESIDENT_ON) };
     draft.about(this).on(host_ref);
     Ok(())
+}
+
+/// Chooses the host for a VM, and takes its memory and its disks for it.
+pub(super) fn reserve(draft: &mut Draft<'_>, row: &Row, on: Option<Ref<Host>>) -> Served<Ref<Host>> {
+    let this = row.typed::<Vm>();
+    let host_ref = place(draft.call, draft.state, row, on)?;
+    // The host's other starts are decided against this one: two that together do not fit cannot both commit.
+    let host_row = draft.row(host_ref)?;
+    let target = placement::target(row, placement::free_memory(draft.state, &host_row));
+    draft
+        .change
+        .expect_row(&host_row)
+        .touch(Host::ID, host_ref.opaque())
+        .set(this, vm::SCHEDULED_TO_BE_RESIDENT_ON, host_ref)
+        .set(this, vm::MEMORY_TARGET, target)
+        .set(this, vm::MEMORY_OVERHEAD, placement::overhead(row));
+    disks::hold_all(draft, row)?;
+    Ok(host_ref)
 }
 
 /// The host that starts a VM.
@@ -152,17 +161,17 @@ impl Kind for Power {
             return Ok(Vec::new());
         }
         let row = find(state, journal.vm)?;
-        let spec = || Some(spec(&row, journal.decided));
+        let spec = || Ok::<_, Failure>(Some(spec(state, &row, journal.host, journal.decided)?));
         let timeout_ms = u64::try_from(CLEAN_LIMIT.as_millis()).unwrap_or(u64::MAX);
         let action = match self {
-            Self::Start => Action::Start(StartDomain { spec: spec(), paused: false }),
-            Self::StartPaused => Action::Start(StartDomain { spec: spec(), paused: true }),
+            Self::Start => Action::Start(StartDomain { spec: spec()?, paused: false }),
+            Self::StartPaused => Action::Start(StartDomain { spec: spec()?, paused: true }),
             Self::Pause => Action::Pause(PauseDomain {}),
             Self::Unpause => Action::Unpause(UnpauseDomain {}),
             Self::CleanShutdown => Action::Shutdown(ShutdownDomain { timeout_ms }),
             Self::HardShutdown => Action::Destroy(DestroyDomain {}),
-            Self::CleanReboot => Action::Reboot(RebootDomain { clean: true, timeout_ms, spec: spec() }),
-            Self::HardReboot => Action::Reboot(RebootDomain { clean: false, timeout_ms: 0, spec: spec() }),
+            Self::CleanReboot => Action::Reboot(RebootDomain { clean: true, timeout_ms, spec: spec()? }),
+            Self::HardReboot => Action::Reboot(RebootDomain { clean: false, timeout_ms: 0, spec: spec()? }),
         };
         Ok(vec![Planned::new(journal.host, row.uuid(), action)])
     }
@@ -179,6 +188,9 @@ impl Kind for Power {
             let domain = if journal.outcomes.is_empty() { &gone } else { journal.domain(0)? };
             end.change.set(journal.vm, vm::SCHEDULED_TO_BE_RESIDENT_ON, Ref::NULL);
             show(end.shared, end.state, end.change, row, journal.host, domain);
+            if self.starts() && domain.state() != PowerState::Halted {
+                disks::attached(end.state, end.change, row);
+            }
         }
         Ok(Value::Void)
     }
@@ -194,10 +206,13 @@ fn unsigned<T: TryFrom<i64> + Default>(number: i64) -> T {
     T::try_from(number).unwrap_or_default()
 }
 
-/// What the agent is to make of a VM.
-fn spec(row: &Row, generation: LogIndex) -> DomainSpec {
+/// What the agent of a host is to make of a VM.
+///
+/// # Errors
+/// A disk is gone, or the host does not reach it.
+pub(super) fn spec(state: &State, row: &Row, host_ref: Ref<Host>, generation: LogIndex) -> Served<DomainSpec> {
     let boot = row.get(vm::HVM_BOOT_PARAMS);
-    DomainSpec {
+    Ok(DomainSpec {
         vm: row.uuid().to_owned(),
         name: row.name_label().to_owned(),
         memory_static_max: unsigned(row.get(vm::MEMORY_STATIC_MAX)),
@@ -211,10 +226,10 @@ fn spec(row: &Row, generation: LogIndex) -> DomainSpec {
         generation: generation.0,
         firmware: boot.get("firmware").cloned().unwrap_or_else(|| "bios".into()),
         boot_order: boot.get("order").cloned().unwrap_or_else(|| "cd".into()),
-        disks: Vec::new(),
+        disks: disks::of_domain(state, row, host_ref)?,
         vifs: Vec::new(),
         on_shutdown: row.get(vm::ACTIONS_AFTER_SHUTDOWN).as_str().to_owned(),
         on_reboot: row.get(vm::ACTIONS_AFTER_REBOOT).as_str().to_owned(),
         on_crash: row.get(vm::ACTIONS_AFTER_CRASH).as_str().to_owned(),
-    }
+    })
 }

@@ -9,6 +9,7 @@ use raft_store::{NewRow, Row, State, Transaction};
 use super::guest;
 use crate::controller::Shared;
 use crate::placement;
+use crate::storage::disks;
 
 /// Memory that differs by less is not worth an entry of the log.
 const MEMORY_STEP: i64 = 1 << 20;
@@ -32,6 +33,9 @@ pub(crate) fn show(
     domain: &DomainState,
 ) {
     let power = power_of(domain);
+    if !placement::has_domain(power) {
+        disks::detached(state, change, vm_row);
+    }
     if placement::has_domain(power) {
         show_there(shared, state, change, vm_row, host_ref, domain);
     } else {

@@ -17,7 +17,7 @@ use crate::controller::Shared;
 use crate::failure::Failure;
 
 /// A copy of all bytes of a disk, or a guest's memory, has this long.
-pub(crate) const LONG_LIMIT: Duration = Duration::from_secs(6 * 3600);
+const LONG_LIMIT: Duration = Duration::from_secs(6 * 3600);
 /// A lost answer is asked for again this often.
 const ASKED_AGAIN: u32 = 5;
 const ASK_AGAIN_AFTER: Duration = Duration::from_millis(500);
@@ -37,19 +37,28 @@ pub(crate) struct Planned {
     pub(crate) undo: Option<Undo>,
     /// The operation goes on when the agent refuses it.
     pub(crate) may_fail: bool,
+    /// It is undone only where it is known to be done.
+    pub(super) undone_if_known: bool,
 }
 
 impl Planned {
     /// A step that need not be undone.
     pub(crate) fn new(host: Ref<Host>, subject: impl Into<String>, action: Action) -> Self {
         let limit = limit(&action);
-        Self { host, subject: subject.into(), action, limit, undo: None, may_fail: false }
+        Self { host, subject: subject.into(), action, limit, undo: None, may_fail: false, undone_if_known: false }
     }
 
     /// It is undone by this, on the same host.
     #[must_use]
     pub(crate) fn undone_by(mut self, action: Action) -> Self {
         self.undo = Some(Undo { host: self.host, subject: self.subject.clone(), action });
+        self
+    }
+
+    /// Undoing it where it was not done would do harm.
+    #[must_use]
+    pub(crate) const fn undone_if_known(mut self) -> Self {
+        self.undone_if_known = true;
         self
     }
 
@@ -136,7 +145,7 @@ pub(super) async fn undo(
 }
 
 /// Where the agent of a host is.
-pub(crate) fn address(state: &State, host_ref: Ref<Host>) -> Option<String> {
+fn address(state: &State, host_ref: Ref<Host>) -> Option<String> {
     let row = state.all::<Member>().find(|row| row.get(member::HOST) == host_ref)?;
     Some(row.get(member::AGENT_ADDRESS))
 }

@@ -10,9 +10,8 @@ use raft_store::{Row, State};
 use crate::call::{Call, find};
 use crate::failure::{Served, refuse};
 use crate::lifecycle;
+use crate::storage::free_devices;
 
-/// Slots for disks: 255 by the API, whatever the machine; a host's own domain has one more.
-const LAST_DISK: u32 = 254;
 /// Slots for network interfaces.
 const LAST_INTERFACE: u32 = 15;
 const TRIGGERS: &[&str] = &["nmi", "init", "reset", "power", "sleep", "s3resume"];
@@ -29,29 +28,12 @@ pub(in crate::api) async fn assert_operation_valid(cx: &Call, this: Ref<Vm>, ope
     Ok(lifecycle::check(&cx.state, &*cx.row(this)?, operation)?)
 }
 
-/// The slot of a disk's name: a number, or the letters that follow the kind of bus, `a` being 0 and `aa` 26.
-fn slot(name: &str) -> Option<u32> {
-    if let Ok(number) = name.parse() {
-        return Some(number);
-    }
-    let letters = ["xvd", "hd", "sd"].iter().find_map(|bus| name.strip_prefix(bus))?;
-    let place = |number: Option<u32>, letter: u8| {
-        let digit = u32::from(letter.checked_sub(b'a').filter(|digit| *digit < 26)?);
-        Some(number.map_or(0, |number| number + 1).checked_mul(26)?.checked_add(digit)?)
-    };
-    letters.bytes().try_fold(None, |number, letter| place(number, letter).map(Some)).flatten()
-}
-
 fn free_slots(taken: &BTreeSet<u32>, last: u32) -> Vec<String> {
     (0..=last).filter(|slot| !taken.contains(slot)).map(|slot| slot.to_string()).collect()
 }
 
 pub(in crate::api) async fn get_allowed_vbd_devices(cx: &Call, this: Ref<Vm>) -> Served<Vec<String>> {
-    let row = cx.row(this)?;
-    let disks = row.get(vm::VBDS).into_iter().filter_map(|reference: Ref<Vbd>| cx.state.row(reference));
-    let names = disks.flat_map(|row| [row.get(vbd::USERDEVICE), row.get(vbd::DEVICE)]);
-    let taken = names.filter_map(|name| slot(&name)).collect();
-    Ok(free_slots(&taken, LAST_DISK + u32::from(row.get(vm::IS_CONTROL_DOMAIN))))
+    Ok(free_devices(&cx.state, &*cx.row(this)?))
 }
 
 pub(in crate::api) async fn get_allowed_vif_devices(cx: &Call, this: Ref<Vm>) -> Served<Vec<String>> {
@@ -224,20 +206,4 @@ pub(crate) fn suspend_sr(state: &State, row: &Row, on: Ref<Host>) -> Result<Ref<
     };
     let found = wanted.into_iter().filter(|sr| state.row(*sr).is_some()).find(reached);
     found.ok_or_else(|| errors::vm_no_suspend_sr(row.typed::<Vm>()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::slot;
-
-    #[test]
-    fn a_slot_has_one_number_whatever_its_name() {
-        for (name, number) in [("0", 0), ("xvda", 0), ("hdb", 1), ("sdz", 25), ("xvdaa", 26), ("xvdiu", 254), ("7", 7)]
-        {
-            assert_eq!(slot(name), Some(number), "{name}");
-        }
-        for name in ["", "xvd", "xvdA", "fda", "xvd0", "-1", "xvdzzzzzzzzzzzzzzzzzz"] {
-            assert_eq!(slot(name), None, "{name}");
-        }
-    }
 }
