@@ -4,9 +4,9 @@
 #   deploy/guest/build.sh DIR
 #
 # The kernel is Debian's for clouds, the userland is Debian's static busybox and QEMU's guest agent with the
-# libraries it needs; all come from the machine's own package sources, are only unpacked, and nothing needs root. Running it again with
-# nothing changed does nothing. What it does is told on stderr; stdout stays empty. The guest needs at
-# least 72 MiB of memory: the kernel unpacks itself at its start, and below that it resets for ever.
+# libraries it needs; all come from the machine's own package sources, are only unpacked, and nothing needs
+# root. Running it again with nothing changed does nothing. What it does is told on stderr; stdout stays empty.
+# The guest needs at least 80 MiB of memory: the kernel unpacks itself at its start, and below that it resets for ever.
 # XENITH_CACHE (default: ~/.cache/xenith) keeps the downloads.
 set -euo pipefail
 umask 022
@@ -15,7 +15,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { echo "guest: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
-[ $# -eq 1 ] || { sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -eq 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cache=${XENITH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/xenith}/guest
