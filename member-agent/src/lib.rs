@@ -21,6 +21,7 @@ pub mod hypervisor;
 mod identity;
 mod ledger;
 mod service;
+pub mod step;
 mod steps;
 mod wire;
 

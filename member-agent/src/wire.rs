@@ -9,7 +9,7 @@ use tonic::Status;
 use uuid::Uuid;
 
 use crate::hypervisor::domain::{
-    Action, Console, Disk, DomainSpec, DomainState, Power, Reason, Reboot, Refusal, StepKind, Vif,
+    Action, Console, Disk, DomainSpec, DomainState, ImageFormat, Power, Reason, Reboot, Refusal, StepKind, Vif,
 };
 
 /// How long a guest has to obey when the master does not say: as long as XenAPI allows a clean shutdown.
@@ -107,7 +107,18 @@ fn action(text: &str, unsaid: Action) -> Result<Action, Status> {
 }
 
 fn disk(disk: wire::Disk) -> Disk {
-    Disk { vbd: disk.vbd, device: disk.device, path: disk.path, read_only: disk.read_only, cdrom: disk.cdrom }
+    // A master of before names paths; the name says the format, as it did then.
+    let format = if disk.path.ends_with(".qcow2") { ImageFormat::Qcow2 } else { ImageFormat::Raw };
+    Disk {
+        vbd: disk.vbd,
+        device: disk.device,
+        path: disk.path,
+        format,
+        read_only: disk.read_only,
+        cdrom: disk.cdrom,
+        sharable: disk.sharable,
+        bootable: disk.bootable,
+    }
 }
 
 fn vif(vif: wire::Vif) -> Vif {
@@ -161,6 +172,15 @@ fn refusal_of(refusal: Refusal) -> wire::Refusal {
         Reason::WrongPool => Told::WrongPool,
         Reason::Unsupported => Told::Unsupported,
         Reason::Failed => Told::Failed,
+        Reason::NoSpace => Told::NoSpace,
+        Reason::NoSuchStore => Told::NoSuchStore,
+        Reason::NoSuchVolume => Told::NoSuchVolume,
+        Reason::InUse => Told::InUse,
+        Reason::VolumeExists => Told::VolumeExists,
+        Reason::BadConfig => Told::BadConfig,
+        Reason::Damaged => Told::Damaged,
+        Reason::NoSuchDisk => Told::NoSuchDisk,
+        Reason::NoGuestSupport => Told::NoGuestSupport,
     };
     wire::Refusal {
         reason: reason.into(),

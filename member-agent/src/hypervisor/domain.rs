@@ -1,4 +1,4 @@
-//! What a domain is made of, the state it is in, and why a step on it is refused.
+//! What a domain is made of, and the state it is in.
 //!
 //! These are the agent's own words, apart from the wire's: drivers are written against them, and they
 //! are what the agent keeps on disk. `wire.rs` translates.
@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 use uuid::Uuid;
+
+pub use crate::step::{Reason, Refusal, StepKind};
 
 /// One mebibyte in bytes.
 pub const MIB: u64 = 1024 * 1024;
@@ -90,10 +91,37 @@ pub struct Disk {
     pub device: String,
     /// File or block device; empty for a CD drive without a disc.
     pub path: String,
+    /// What the bytes of the file mean.
+    pub format: ImageFormat,
     /// The guest cannot write.
     pub read_only: bool,
     /// A CD drive.
     pub cdrom: bool,
+    /// Others may have it open at the same time, also to write.
+    pub sharable: bool,
+    /// The firmware may boot from it.
+    pub bootable: bool,
+}
+
+/// What the bytes of an image mean. It is told, never guessed from the content, which is the guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageFormat {
+    /// The disk's own bytes.
+    #[default]
+    Raw,
+    /// QEMU's format, which can be thin above another image.
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// QEMU's word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 /// A NIC of a domain.
@@ -192,38 +220,6 @@ impl DomainState {
     }
 }
 
-/// What a step does, without what it needs for it; with operation and VM it names the step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StepKind {
-    /// Builds a domain.
-    Start,
-    /// Takes its power away.
-    Destroy,
-    /// Stops its vCPUs.
-    Pause,
-    /// Lets them run on.
-    Unpause,
-    /// Asks the guest to switch itself off.
-    Shutdown,
-    /// Begins the guest anew, asked or not.
-    Reboot,
-}
-
-impl StepKind {
-    /// Refuses the step for a domain in a state where it has no sense. The same for all drivers.
-    pub fn check(self, power: Power, clean: bool) -> Result<(), Refusal> {
-        let allowed = match self {
-            Self::Start => matches!(power, Power::Halted | Power::Crashed),
-            Self::Destroy => true,
-            Self::Pause | Self::Shutdown => power == Power::Running,
-            Self::Unpause => power == Power::Paused,
-            Self::Reboot => power == Power::Running || (!clean && power == Power::Paused),
-        };
-        if allowed { Ok(()) } else { Err(Refusal::new(Reason::BadState, power.word())) }
-    }
-}
-
 /// How a reboot is done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reboot {
@@ -233,71 +229,6 @@ pub struct Reboot {
     pub limit: Duration,
     /// What the domain is made of anew; none: as it was.
     pub spec: Option<DomainSpec>,
-}
-
-/// Why a step was not done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reason {
-    /// A newer master has spoken.
-    StaleEpoch,
-    /// There is no such domain.
-    NoSuchDomain,
-    /// There is one already.
-    DomainExists,
-    /// The host's memory is given away.
-    NotEnoughMemory,
-    /// Time was up.
-    TimedOut,
-    /// Not in the state it is in.
-    BadState,
-    /// The hypervisor would not build or begin it.
-    BootFailed,
-    /// The host belongs to another pool.
-    WrongPool,
-    /// This driver cannot do it.
-    Unsupported,
-    /// Anything else.
-    Failed,
-}
-
-/// A step that was refused or failed: the domain is as it was, or gone if it was being built.
-#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
-#[error("{reason:?}: {detail}")]
-pub struct Refusal {
-    /// Why.
-    pub reason: Reason,
-    /// In words.
-    pub detail: String,
-    /// Bytes wanted, for `NotEnoughMemory`.
-    #[serde(default)]
-    pub needed: u64,
-    /// Bytes there are, for `NotEnoughMemory`.
-    #[serde(default)]
-    pub available: u64,
-}
-
-impl Refusal {
-    /// A refusal with a reason and words.
-    pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
-        Self { reason, detail: detail.into(), needed: 0, available: 0 }
-    }
-
-    /// No memory for `needed` bytes.
-    pub fn memory(needed: u64, available: u64) -> Self {
-        let detail = format!("{needed} bytes wanted, {available} free");
-        Self { needed, available, ..Self::new(Reason::NotEnoughMemory, detail) }
-    }
-
-    /// No domain for this VM.
-    pub fn no_such_domain(vm: Uuid) -> Self {
-        Self::new(Reason::NoSuchDomain, vm.to_string())
-    }
-
-    /// Something went wrong that the caller cannot mend.
-    pub fn failed(error: impl std::fmt::Display) -> Self {
-        Self::new(Reason::Failed, error.to_string())
-    }
 }
 
 #[cfg(test)]
@@ -317,13 +248,5 @@ mod tests {
         let one = DomainSpec { name: "a".into(), generation: 1, ..DomainSpec::default() };
         assert!(one.same_machine(&DomainSpec { generation: 2, ..one.clone() }));
         assert!(!one.same_machine(&DomainSpec { vcpus_max: 2, ..one.clone() }));
-    }
-
-    #[test]
-    fn a_step_is_refused_with_the_state_that_forbids_it() {
-        let refusal = StepKind::Pause.check(Power::Paused, false).expect_err("paused twice");
-        assert_eq!((refusal.reason, refusal.detail.as_str()), (Reason::BadState, "paused"));
-        assert!(StepKind::Reboot.check(Power::Paused, false).is_ok());
-        assert!(StepKind::Reboot.check(Power::Paused, true).is_err());
     }
 }

@@ -15,6 +15,7 @@ pub mod roster;
 pub mod sim;
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::config::Config;
-use domain::{DomainSpec, DomainState, Reboot, Refusal};
+use domain::{Disk, DomainSpec, DomainState, Reason, Reboot, Refusal};
 pub use domid::DomainIds;
 use roster::Roster;
 
@@ -56,6 +57,37 @@ pub trait Hypervisor: Send + Sync {
 
     /// Begins the guest anew.
     async fn reboot(&self, vm: Uuid, reboot: Reboot, by: &str) -> Result<DomainState, Refusal>;
+
+    /// Every disk of every domain, with the image that it has open now.
+    fn plugged(&self) -> Vec<Plugged> {
+        Vec::new()
+    }
+
+    /// The disk goes over to `overlay`, an empty qcow2 image above the one it has: what the guest writes from now on
+    /// goes there, and the image below is no longer written. A disk that has it already is a success.
+    async fn relink_disk(&self, _vm: Uuid, _vbd: &str, _overlay: &Path) -> Result<(), Refusal> {
+        Err(Refusal::new(Reason::Unsupported, "this driver cannot change a disk that is in use"))
+    }
+
+    /// The disk's image becomes so large, and the guest sees it.
+    async fn resize_disk(&self, _vm: Uuid, _vbd: &str, _bytes: u64) -> Result<(), Refusal> {
+        Err(Refusal::new(Reason::Unsupported, "this driver cannot change a disk that is in use"))
+    }
+
+    /// The disk's image takes in what is in the images between it and `base` (none: in all below it) and then stands
+    /// directly above `base`, by the name `base` has in its own directory. Ends when that is done, which may take long.
+    async fn join_disk(&self, _vm: Uuid, _vbd: &str, _base: Option<&Path>) -> Result<(), Refusal> {
+        Err(Refusal::new(Reason::Unsupported, "this driver cannot change a disk that is in use"))
+    }
+}
+
+/// A disk in a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plugged {
+    /// The domain's VM.
+    pub vm: Uuid,
+    /// The disk, with the path it has open now.
+    pub disk: Disk,
 }
 
 /// What a driver is and can do.

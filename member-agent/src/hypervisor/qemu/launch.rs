@@ -5,8 +5,7 @@
 //! (`shutdown=pause`) until the agent has learnt why, also when there is no agent just then.
 //!
 //! For now NICs are QEMU's own user networking without a way out: the guest sees its NIC and MAC, and nobody
-//! else. Disks are virtio, raw unless their name ends in `.qcow2`; the format is never guessed from content, which
-//! is the guest's. `VM.platform` has no effect yet.
+//! else. Disks are virtio. `VM.platform` has no effect yet.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -117,18 +116,18 @@ fn disks(line: &mut Line, spec: &DomainSpec) {
             line.add("-device", format!("{bus},id={node}"));
             continue;
         }
-        let format = if disk.path.ends_with(".qcow2") { "qcow2" } else { "raw" };
         let read_only = disk.read_only || disk.cdrom;
         let protocol = if disk.path.starts_with("/dev/") { "host_device" } else { "file" };
         let backend = json!({
-            "driver": format,
+            "driver": disk.format.word(),
             "node-name": node,
             "read-only": read_only,
             "file": { "driver": protocol, "filename": disk.path, "read-only": read_only },
         });
         line.add("-blockdev", backend.to_string());
         let serial = escaped(&disk.device);
-        line.add("-device", format!("{bus},id={node}-{serial},drive={node},serial={serial}"));
+        let shared = if disk.sharable { ",share-rw=on" } else { "" };
+        line.add("-device", format!("{bus},id={node}-{serial},drive={node},serial={serial}{shared}"));
     }
 }
 
