@@ -6,7 +6,7 @@
 # The kernel is Debian's for clouds, the userland is Debian's static busybox and QEMU's guest agent with the
 # libraries it needs; all come from the machine's own package sources, are only unpacked, and nothing needs
 # root. Running it again with nothing changed does nothing. What it does is told on stderr; stdout stays empty.
-# The guest needs at least 80 MiB of memory: the kernel unpacks itself at its start, and below that it resets for ever.
+# The guest needs at least 88 MiB of memory: the kernel unpacks itself at its start, and below that it resets for ever.
 # XENITH_CACHE (default: ~/.cache/xenith) keeps the downloads.
 set -euo pipefail
 umask 022

@@ -9,7 +9,7 @@ use tonic::Status;
 use uuid::Uuid;
 
 use crate::hypervisor::domain::{
-    Action, Console, Disk, DomainSpec, DomainState, ImageFormat, Power, Reason, Reboot, Refusal, StepKind, Vif,
+    Action, Console, Disk, DomainSpec, DomainState, GuestMetrics, ImageFormat, Power, Reason, Reboot, Refusal, StepKind, Vif,
 };
 
 /// How long a guest has to obey when the master does not say: as long as XenAPI allows a clean shutdown.
@@ -154,8 +154,20 @@ pub(crate) fn state_of(state: DomainState) -> wire::DomainState {
         reason: state.reason,
         consoles: state.consoles.into_iter().map(console).collect(),
         generation: state.generation,
-        guest: None,
-        disks: Vec::new(),
+        guest: state.guest.map(metrics_of),
+        disks: state.disks,
+    }
+}
+
+fn metrics_of(guest: GuestMetrics) -> wire::GuestMetrics {
+    wire::GuestMetrics {
+        os_version: guest.os_version.into_iter().collect(),
+        pv_drivers_version: guest.pv_drivers_version.into_iter().collect(),
+        networks: guest.networks.into_iter().collect(),
+        other: guest.other.into_iter().collect(),
+        agent_live: guest.agent_live,
+        can_balloon: guest.can_balloon,
+        can_plug_disks: guest.can_plug_disks,
     }
 }
 
