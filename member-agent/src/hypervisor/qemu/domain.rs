@@ -210,6 +210,7 @@ impl Domain {
                 answer(request.answer, done.map(|()| self.state().clone()));
             }
             StepKind::Shutdown | StepKind::Reboot => self.ask_guest(request).await,
+            other => answer(request.answer, Err(Refusal::new(Reason::Unsupported, format!("{other:?}")))),
         }
     }
 

@@ -20,7 +20,7 @@ use super::roster::{Feed, Roster};
 use super::{DomainIds, Features, Hypervisor, OpenError, Site};
 use crate::facts::unix_seconds;
 use crate::files::{self, Durability};
-use faults::Faults;
+pub(crate) use faults::Faults;
 
 /// How soon an order in `sim.toml` is seen without a step.
 const LOOK: Duration = Duration::from_millis(100);
@@ -56,7 +56,7 @@ impl Sim {
             }
         }
         let ids = DomainIds::open(state_dir, &site.boot_id)?;
-        let sim = Arc::new(Self { roster, ids, faults: Faults::open(state_dir), domains });
+        let sim = Arc::new(Self { roster, ids, faults: Faults::open(state_dir, "sim"), domains });
         sim.carry_out_orders();
         let (watching, shutdown) = (Arc::clone(&sim), site.shutdown);
         site.tasks.spawn(async move {
