@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
 
+pub use crate::hypervisor::domain::ImageFormat;
 use crate::hypervisor::domain::Power;
 
 /// What a step does, without what it needs for it; with operation, subject and number it names the step.

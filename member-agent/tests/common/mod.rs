@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use member_agent::{AcceleratorChoice, Agent, Config, NicSource, TlsFiles};
+use member_agent::{AcceleratorChoice, Agent, Config, NicSource, StoreChoice, TlsFiles};
 use proto::agent::agent_client::AgentClient;
 use proto::agent::agent_event::Event;
 use proto::agent::step::Action;
@@ -97,6 +97,9 @@ impl Host {
             // The probe has tests of its own; elsewhere it would only cost time.
             accelerator: AcceleratorChoice::Tcg,
             boot_id_path: file("boot-id", "boot-1"),
+            storage_dir: None,
+            stores: StoreChoice::Auto,
+            programs: None,
         };
         change(&mut config);
         Self { dir, config, authority, running: None, epoch: AtomicU64::new(10) }
@@ -261,6 +264,7 @@ impl Client {
         match self.calls.perform(step).await.expect("call").into_inner().result.expect("outcome") {
             outcome::Result::Domain(state) => Ok(state),
             outcome::Result::Refusal(refusal) => Err(refusal),
+            other => panic!("an outcome of a domain's step, not {other:?}"),
         }
     }
 

@@ -12,11 +12,14 @@ use std::{fs, io};
 use serde::{Deserialize, Serialize};
 
 use super::blocks::{Attached, Node};
+use crate::facts::unix_seconds;
 use crate::files::{self, Durability};
-use crate::hypervisor::domain::{Disk, DomainSpec, DomainState};
+use crate::hypervisor::domain::{Disk, DomainSpec, DomainState, Power};
 
 /// The only format there has been.
 const FORMAT: u32 = 1;
+/// Seconds that firmware may take on a busy machine.
+const FIRMWARE: u64 = 5;
 
 /// How far a start has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +44,9 @@ pub(super) struct Description {
     /// Its memory is being written to an image; whether its vCPUs ran before.
     #[serde(default)]
     pub saving: Option<bool>,
+    /// Unix seconds of the first instruction since it was built or reset.
+    #[serde(default)]
+    pub first_run: Option<u64>,
     #[serde(default)]
     nodes: u64,
 }
@@ -49,14 +55,36 @@ impl Description {
     /// A description of a domain that is being built.
     pub fn new(spec: DomainSpec, state: DomainState) -> Self {
         let disks = spec.disks.clone();
-        let mut description =
-            Self { format: FORMAT, phase: Phase::Building, spec, state, disks: Vec::new(), saving: None, nodes: 0 };
+        let mut description = Self {
+            format: FORMAT,
+            phase: Phase::Building,
+            spec,
+            state,
+            disks: Vec::new(),
+            saving: None,
+            first_run: None,
+            nodes: 0,
+        };
+        description.runs();
         for disk in disks {
             let nodes = if disk.path.is_empty() { Vec::new() } else { vec![description.node(&disk.path)] };
             description.disks.push(Attached { disk, nodes, ..Attached::default() });
         }
         description.state.disks = description.vbds();
         description
+    }
+
+    /// Notes when its vCPUs began.
+    pub fn runs(&mut self) {
+        if self.state.power == Power::Running {
+            self.first_run.get_or_insert(unix_seconds());
+        }
+    }
+
+    /// Whether its firmware may still be on its way into memory. A machine that is reset just then never comes up: the
+    /// reset leaves half of the firmware there, and that is what runs.
+    pub fn firmware_may_be_at_work(&self) -> bool {
+        self.first_run.is_some_and(|first| unix_seconds() < first + FIRMWARE)
     }
 
     /// A name for a node that no other has had.

@@ -169,6 +169,7 @@ impl Domain {
         change(&mut state);
         if state != *self.state() {
             self.description.state = state.clone();
+            self.description.runs();
             self.keep();
             self.shared.roster.publish(state.clone());
         }
@@ -454,6 +455,7 @@ impl Domain {
     /// Resets the machine and lets it run: the same domain, a new guest.
     async fn begin_anew(&mut self, by: &str, reason: &str) -> Result<(), Refusal> {
         self.command("system_reset").await?;
+        self.description.first_run = None;
         self.command("cont").await?;
         self.take_on(|state| {
             state.power = Power::Running;

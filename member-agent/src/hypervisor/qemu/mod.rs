@@ -374,10 +374,16 @@ impl Hypervisor for Qemu {
     }
 
     async fn reboot(&self, vm: Uuid, reboot: Reboot, by: &str) -> Result<DomainState, Refusal> {
-        let running = Description::load(&self.domains.join(vm.to_string())).ok().map(|kept| kept.spec);
-        match reboot.spec {
-            // Another machine: the old one goes as asked, then the new one is built.
-            Some(spec) if running.is_some_and(|running| !running.same_machine(&spec)) => {
+        let kept = Description::load(&self.domains.join(vm.to_string())).ok();
+        let anew = kept.and_then(|kept| {
+            let spec = reboot.spec.clone().unwrap_or_else(|| kept.spec.clone());
+            let young = !reboot.clean && kept.firmware_may_be_at_work();
+            (young || !kept.spec.same_machine(&spec)).then_some(spec)
+        });
+        match anew {
+            // Another machine: the old one goes as asked, then the new one is built. So does one that is too young to
+            // be reset.
+            Some(spec) => {
                 launch::check(&spec)?;
                 if reboot.clean {
                     self.shutdown(vm, reboot.limit, by).await?;
@@ -386,7 +392,7 @@ impl Hypervisor for Qemu {
                 }
                 self.start(spec, false, by).await
             }
-            _ => self.ask(vm, What::Reboot { clean: reboot.clean }, reboot.limit, by).await,
+            None => self.ask(vm, What::Reboot { clean: reboot.clean }, reboot.limit, by).await,
         }
     }
 

@@ -26,7 +26,7 @@ use super::saved::Saved;
 use super::{DomainIds, Features, Hypervisor, OpenError, Plugged, Site, Unplug};
 use crate::facts::unix_seconds;
 use crate::files::{self, Durability};
-use faults::Faults;
+pub(crate) use faults::Faults;
 
 /// How soon an order in `sim.toml` is seen without a step.
 const LOOK: Duration = Duration::from_millis(100);
@@ -76,7 +76,8 @@ impl Sim {
             }
         }
         let ids = DomainIds::open(state_dir, &site.boot_id)?;
-        let sim = Arc::new(Self { roster, ids, faults: Faults::open(state_dir), domains, specs: Mutex::new(specs) });
+        let faults = Faults::open(state_dir, "sim");
+        let sim = Arc::new(Self { roster, ids, faults, domains, specs: Mutex::new(specs) });
         sim.carry_out_orders();
         let (watching, shutdown) = (Arc::clone(&sim), site.shutdown);
         site.tasks.spawn(async move {
