@@ -33,6 +33,9 @@ const LOOK: Duration = Duration::from_millis(100);
 /// The longest a destroy waits for a start that is being given up.
 const GIVE_UP: Duration = Duration::from_secs(30);
 
+/// Where a simulated volume keeps a domain that was suspended to it.
+const SUSPENDED: &str = "suspended";
+
 /// The driver.
 #[derive(Debug)]
 pub struct Sim {
@@ -330,11 +333,12 @@ impl Hypervisor for Sim {
     }
 
     async fn suspend(&self, vm: Uuid, into: &Path, keep_running: bool, by: &str) -> Result<DomainState, Refusal> {
-        if self.roster.get(vm).is_none() && Saved::is_of(into, vm, by) {
+        let done_before = |saved: Saved| saved.vm == vm && saved.by == by;
+        if self.roster.get(vm).is_none() && suspended(into).is_ok_and(done_before) {
             return Ok(DomainState::halted(vm, by, "suspended"));
         }
         self.living(vm, StepKind::Suspend, false)?;
-        let file = Saved::begin(into, 0)?;
+        volume(into)?;
         self.begin(StepKind::Suspend).await?;
         let state = self.living(vm, StepKind::Suspend, false)?;
         let spec = self.specs.lock().get(&vm).cloned().unwrap_or_default();
@@ -345,9 +349,16 @@ impl Hypervisor for Sim {
             vcpus: spec.vcpus_at_startup,
             ..Saved::new("sim", env!("CARGO_PKG_VERSION"), vm, by)
         };
-        saved.finish(&file).map_err(Refusal::failed)?;
+        let mut content = volume(into)?;
+        content.insert(SUSPENDED.to_owned(), serde_json::to_value(saved).map_err(Refusal::failed)?);
+        let content = serde_json::to_vec(&content).map_err(Refusal::failed)?;
+        files::replace(into, &content, Durability::Process).map_err(Refusal::failed)?;
         if keep_running {
-            return self.change(vm, StepKind::Suspend, by, |_| {}).await;
+            let mut state = self.living(vm, StepKind::Suspend, false)?;
+            by.clone_into(&mut state.last_operation);
+            self.keep(&state).map_err(Refusal::failed)?;
+            self.roster.publish(state.clone());
+            return Ok(state);
         }
         let last = state.gone(Power::Halted, by, "suspended");
         self.forget(&last);
@@ -355,8 +366,8 @@ impl Hypervisor for Sim {
     }
 
     async fn resume(&self, mut spec: DomainSpec, from: &Path, paused: bool, by: &str) -> Result<DomainState, Refusal> {
-        let (saved, _) = Saved::open(from)?;
-        if saved.driver != "sim" || saved.vm != spec.vm {
+        let saved = suspended(from)?;
+        if saved.vm != spec.vm {
             return Err(Refusal::new(Reason::Damaged, format!("{} is of VM {}", from.display(), saved.vm)));
         }
         spec.memory_static_max = saved.memory;
@@ -473,6 +484,20 @@ impl Hypervisor for Sim {
     async fn join_disk(&self, vm: Uuid, vbd: &str, _base: Option<&Path>) -> Result<(), Refusal> {
         self.with_disk(vm, vbd, |_| {})
     }
+}
+
+/// A simulated volume is a record; a domain that is suspended to it is a field of that.
+fn volume(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>, Refusal> {
+    let content = fs::read(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Refusal::new(Reason::NoSuchVolume, path.display().to_string()),
+        _ => Refusal::failed(error),
+    })?;
+    serde_json::from_slice(&content).map_err(|error| Refusal::new(Reason::Damaged, error.to_string()))
+}
+
+fn suspended(path: &Path) -> Result<Saved, Refusal> {
+    let saved = volume(path)?.remove(SUSPENDED).and_then(|saved| serde_json::from_value(saved).ok());
+    saved.ok_or_else(|| Refusal::new(Reason::Damaged, format!("{} holds no suspended domain", path.display())))
 }
 
 fn vbds(spec: &DomainSpec) -> Vec<String> {
