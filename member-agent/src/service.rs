@@ -25,6 +25,7 @@ use crate::hypervisor::domain::Refusal;
 use crate::hypervisor::roster::Feed;
 use crate::identity::Identity;
 use crate::steps::{Authority, StepError, Steps};
+use crate::storage::Stores;
 use crate::wire as words;
 
 /// The version of the protocol this agent speaks.
@@ -91,6 +92,7 @@ impl AgentCalls for Service {
         let features = self.hypervisor.features();
         let mut names = vec![format!("hypervisor:{}", features.name)];
         names.extend(features.abilities.iter().map(|ability| (*ability).to_owned()));
+        names.extend(Stores::drivers().map(|driver| format!("storage:{driver}")));
         let (certificate, authorities) = self.identity.shown();
         Ok(Response::new(wire::HelloReply {
             version: VERSION,
@@ -108,11 +110,11 @@ impl AgentCalls for Service {
         if step.operation.is_empty() {
             return Err(Status::invalid_argument("a step needs the id of its operation"));
         }
-        let vm = words::vm(&step.vm)?;
-        let deed = words::deed(vm, step.action)?;
+        let subject = words::subject(&step.vm)?;
+        let deed = words::deed(subject, step.action)?;
         let authority = Authority { pool: step.pool, epoch: step.epoch };
-        let span = tracing::info_span!("step", operation = step.operation, %vm, traceparent = step.traceparent);
-        let performed = self.steps.perform(&authority, step.operation, vm, deed).instrument(span);
+        let span = tracing::info_span!("step", operation = step.operation, %subject, traceparent = step.traceparent);
+        let performed = self.steps.perform(&authority, step.operation, subject, step.number, deed).instrument(span);
         let outcome = performed.await.map_err(unavailable)?;
         Ok(Response::new(words::outcome(outcome)))
     }
