@@ -140,7 +140,8 @@ fn check_processors(vm_row: &Row, host_row: &Row) -> Result<(), ApiError> {
     let wanted = vm_row.get(vm::VCPUS_AT_STARTUP);
     let info: BTreeMap<String, String> = host_row.get(host::CPU_INFO);
     let there = info.get("cpu_count").and_then(|text| text.parse::<i64>().ok());
-    match there {
+    // A host that tells of none is not known.
+    match there.filter(|there| *there > 0) {
         Some(there) if wanted > there && !unrestricted => {
             Err(errors::host_not_enough_pcpus(wanted.to_string(), there.to_string()))
         }

@@ -67,6 +67,7 @@ async fn a_schedule_with_vms_stays() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_schedule_runs_when_it_is_due_and_says_so_once() {
     let pool = Pool::start().await;
+    pool.clock.advance(60);
     let this = schedule(&pool, "hourly", &[("min", "0")]).await;
     // The schedules are looked at, and nothing is due that was so before this one was made.
     tokio::time::sleep(std::time::Duration::from_secs(6)).await;
