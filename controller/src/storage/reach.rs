@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use datamodel::enums::VmPowerState;
 use datamodel::fields::{pbd, pool, sr, vbd, vdi, vm};
-use datamodel::{ApiError, Host, Pbd, Pool, Ref, Sr, Vbd, Vdi, Vm, errors};
+use datamodel::{ApiError, Host, Pbd, Pool, Ref, Sr, Vbd, Vm, errors};
 use proto::agent::{Store, VolumeRef};
 use raft_store::{Row, State};
 
