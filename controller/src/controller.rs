@@ -13,11 +13,11 @@ use crate::agent::Agents;
 use crate::call::{Refusal, Reply, Request};
 use crate::clock::{Clock, Office};
 use crate::first_boot::Guest;
-use crate::handlers::{self, Declined, Inquiry, Opened};
+use crate::handlers::{self, Declined, Inquiry, Knock, Opened, Tunnel};
 use crate::in_hand::InHand;
 use crate::membership::emergency::LocalSessions;
 use crate::membership::{Surroundings, VoterPolicy, join, rotation, voters};
-use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, sessions, storage, tasks};
+use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, schedules, sessions, storage, tasks};
 
 /// What a controller is told when it starts.
 #[derive(Clone)]
@@ -145,6 +145,14 @@ impl Controller {
         handlers::open(&self.shared, inquiry).await
     }
 
+    /// Opens a console, whoever is the master.
+    ///
+    /// # Errors
+    /// [`Declined`].
+    pub async fn connect(&self, knock: Knock) -> Result<Tunnel, Declined> {
+        handlers::connect(&self.shared, knock).await
+    }
+
     /// Waits until this host knows of another master than that member, itself included, or of none for so long that
     /// its callers are told.
     pub async fn replaced(&self, member: &Member) {
@@ -233,6 +241,7 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
         backup::forget_stages(shared),
         reconcile::run(shared, epoch, term.clone()),
         operations::adopt(shared),
+        schedules::keep(shared),
         sessions::collect(shared),
         tasks::collect(shared),
         repeats::collect(shared),

@@ -9,6 +9,7 @@ use raft_store::{CommitError, Conflict, Row};
 
 use crate::call::{Call, Reply};
 use crate::failure::{Failure, Served, refuse};
+use crate::operations::refresh;
 use crate::repeats::Stage;
 
 pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Served<Reply> {
@@ -76,7 +77,8 @@ pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Se
     })
 }
 
-async fn written(call: &Call, change: raft_store::Transaction) -> Served<Reply> {
+async fn written(call: &Call, mut change: raft_store::Transaction) -> Served<Reply> {
+    refresh(&call.state, &mut change);
     call.commit(change).await?;
     Ok(Reply::Value(Value::Void))
 }
@@ -113,6 +115,7 @@ async fn add_to_map(call: &Call, class: ClassId, field: u16, this: &Value, key: 
         key.clone(),
         value,
     );
+    refresh(&call.state, &mut change);
     // The conflict is the check: two clients that add the same key cannot both win.
     match call.commit_as(change, Stage::Done(Value::Void)).await {
         Ok(_) => Ok(Reply::Value(Value::Void)),

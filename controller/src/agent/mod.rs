@@ -17,6 +17,8 @@ use proto::agent::{
 };
 use raft_store::PeerTls;
 
+use crate::handlers::Tunnel;
+
 /// Why an agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
@@ -82,6 +84,10 @@ pub trait Agent: Send + Sync + 'static {
         &self,
         request: WatchRequest,
     ) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError>;
+    /// Opens the console of a domain. An agent without domains has none.
+    async fn console(&self, _pool: &str, vm: &str, _protocol: &str) -> Result<Tunnel, AgentError> {
+        Err(AgentError::Unreachable(format!("{vm} has no console here")))
+    }
 }
 
 type Connect = dyn Fn(&str) -> Result<Arc<dyn Agent>, AgentError> + Send + Sync;

@@ -12,17 +12,22 @@ mod sr;
 mod task;
 mod vbd;
 mod vdi;
-mod vm;
+pub(crate) mod vm;
+mod vm_appliance;
+mod vmss;
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
+use datamodel::enums::{DomainType, OnCrashBehaviour, VmOperations, VmssFrequency, VmssType};
 use datamodel::{FieldValue, Ref, Value, errors};
 
 use crate::call::Call;
+use crate::controller::Shared;
 use crate::failure::{Failure, Served};
+use crate::operations;
 
 /// What a message's function looks like to the dispatcher.
 pub(crate) type Handler = for<'a> fn(&'a Call, Vec<Value>) -> Pin<Box<dyn Future<Output = Served<Value>> + Send + 'a>>;
@@ -50,6 +55,9 @@ type Pbd = Ref<datamodel::Pbd>;
 type Vdi = Ref<datamodel::Vdi>;
 type Vbd = Ref<datamodel::Vbd>;
 type Texts = std::collections::BTreeMap<String, String>;
+type Session = Ref<datamodel::Session>;
+type Appliance = Ref<datamodel::VmAppliance>;
+type Vmss = Ref<datamodel::Vmss>;
 
 const HANDLERS: &[(&str, Handler)] = handlers! {
     "session.login_with_password" => session::login_with_password, (String, String, String, String);
@@ -110,14 +118,82 @@ const HANDLERS: &[(&str, Handler)] = handlers! {
     "VM.get_possible_hosts" => vm::get_possible_hosts, (Vm);
     "VM.assert_can_boot_here" => vm::assert_can_boot_here, (Vm, Host);
     "VM.update_allowed_operations" => vm::update_allowed_operations, (Vm);
-    "VM.get_allowed_VBD_devices" => vm::get_allowed_vbd_devices, (Vm);
-    "VM.get_allowed_VIF_devices" => vm::get_allowed_vif_devices, (Vm);
     "VM.set_is_a_template" => vm::set_is_a_template, (Vm, bool);
-    "VM.set_memory_limits" => vm::set_memory_limits, (Vm, i64, i64, i64, i64);
-    "VM.set_memory" => vm::set_memory, (Vm, i64);
-    "VM.set_VCPUs_max" => vm::set_vcpus_max, (Vm, i64);
-    "VM.set_VCPUs_at_startup" => vm::set_vcpus_at_startup, (Vm, i64);
-    "VM.get_data_sources" => vm::get_data_sources, (Vm);
+    "VM.get_allowed_VBD_devices" => vm::queries::get_allowed_vbd_devices, (Vm);
+    "VM.get_allowed_VIF_devices" => vm::queries::get_allowed_vif_devices, (Vm);
+    "VM.suspend" => operations::suspend, (Vm);
+    "VM.resume" => vm::resume, (Vm, bool, bool);
+    "VM.resume_on" => vm::resume_on, (Vm, Host, bool, bool);
+    "VM.checkpoint" => operations::checkpoint, (Vm, String);
+    "VM.revert" => operations::revert, (Vm);
+    "VM.get_boot_record" => vm::queries::get_boot_record, (Vm);
+    "VM.assert_operation_valid" => vm::queries::assert_operation_valid, (Vm, VmOperations);
+    "VM.get_data_sources" => vm::queries::get_data_sources, (Vm);
+    "VM.record_data_source" => vm::queries::record_data_source, (Vm, String);
+    "VM.query_data_source" => vm::queries::query_data_source, (Vm, String);
+    "VM.forget_data_source_archives" => vm::queries::forget_data_source_archives, (Vm, String);
+    "VM.call_plugin" => vm::queries::call_plugin, (Vm, String, String, Texts);
+    "VM.query_services" => vm::queries::query_services, (Vm);
+    "VM.send_trigger" => vm::queries::send_trigger, (Vm, String);
+    "VM.retrieve_wlb_recommendations" => vm::queries::retrieve_wlb_recommendations, (Vm);
+    "VM.get_SRs_required_for_recovery" => vm::queries::get_srs_required_for_recovery, (Vm, Session);
+    "VM.assert_can_be_recovered" => vm::queries::assert_can_be_recovered, (Vm, Session);
+    "VM.assert_agile" => vm::queries::assert_agile, (Vm);
+    "VM.set_memory_limits" => vm::memory::set_memory_limits, (Vm, i64, i64, i64, i64);
+    "VM.set_memory" => vm::memory::set_memory, (Vm, i64);
+    "VM.set_memory_static_range" => vm::memory::set_memory_static_range, (Vm, i64, i64);
+    "VM.set_memory_static_min" => vm::memory::set_memory_static_min, (Vm, i64);
+    "VM.set_memory_static_max" => vm::memory::set_memory_static_max, (Vm, i64);
+    "VM.set_memory_dynamic_range" => vm::memory::set_memory_dynamic_range, (Vm, i64, i64);
+    "VM.set_memory_dynamic_min" => vm::memory::set_memory_dynamic_min, (Vm, i64);
+    "VM.set_memory_dynamic_max" => vm::memory::set_memory_dynamic_max, (Vm, i64);
+    "VM.set_memory_target_live" => vm::memory::set_memory_target_live, (Vm, i64);
+    "VM.wait_memory_target_live" => vm::memory::wait_memory_target_live, (Vm);
+    "VM.compute_memory_overhead" => vm::memory::compute_memory_overhead, (Vm);
+    "VM.maximise_memory" => vm::memory::maximise_memory, (Vm, i64, bool);
+    "VM.get_cooperative" => vm::memory::get_cooperative, (Vm);
+    "VM.set_HVM_shadow_multiplier" => vm::memory::set_hvm_shadow_multiplier, (Vm, f64);
+    "VM.set_shadow_multiplier_live" => vm::memory::set_shadow_multiplier_live, (Vm, f64);
+    "VM.set_VCPUs_max" => vm::processors::set_vcpus_max, (Vm, i64);
+    "VM.set_VCPUs_at_startup" => vm::processors::set_vcpus_at_startup, (Vm, i64);
+    "VM.set_VCPUs_number_live" => vm::processors::set_vcpus_number_live, (Vm, i64);
+    "VM.add_to_VCPUs_params_live" => vm::processors::add_to_vcpus_params_live, (Vm, String, String);
+    "VM.send_sysrq" => operations::send_sysrq, (Vm, String);
+    "VM.set_domain_type" => vm::settings::set_domain_type, (Vm, DomainType);
+    "VM.set_HVM_boot_policy" => vm::settings::set_hvm_boot_policy, (Vm, String);
+    "VM.set_actions_after_crash" => vm::settings::set_actions_after_crash, (Vm, OnCrashBehaviour);
+    "VM.set_order" => vm::settings::set_order, (Vm, i64);
+    "VM.set_start_delay" => vm::settings::set_start_delay, (Vm, i64);
+    "VM.set_shutdown_delay" => vm::settings::set_shutdown_delay, (Vm, i64);
+    "VM.set_bios_strings" => vm::settings::set_bios_strings, (Vm, Texts);
+    "VM.copy_bios_strings" => vm::settings::copy_bios_strings, (Vm, Host);
+    "VM.set_has_vendor_device" => vm::settings::set_has_vendor_device, (Vm, bool);
+    "VM.set_NVRAM" => vm::settings::set_nvram, (Vm, Texts);
+    "VM.add_to_NVRAM" => vm::settings::add_to_nvram, (Vm, String, String);
+    "VM.remove_from_NVRAM" => vm::settings::remove_from_nvram, (Vm, String);
+    "VM.set_suspend_VDI" => vm::settings::set_suspend_vdi, (Vm, Vdi);
+    "VM.set_appliance" => vm::settings::set_appliance, (Vm, Appliance);
+    "VM.set_snapshot_schedule" => vm::settings::set_snapshot_schedule, (Vm, Vmss);
+    "VM.set_ha_restart_priority" => vm::settings::set_ha_restart_priority, (Vm, String);
+    "VM.set_ha_always_run" => vm::settings::set_ha_always_run, (Vm, bool);
+    "VM_appliance.create" => vm_appliance::create, (Value);
+    "VM_appliance.destroy" => vm_appliance::destroy, (Appliance);
+    "VM_appliance.start" => vm_appliance::start, (Appliance, bool);
+    "VM_appliance.clean_shutdown" => vm_appliance::clean_shutdown, (Appliance);
+    "VM_appliance.hard_shutdown" => vm_appliance::hard_shutdown, (Appliance);
+    "VM_appliance.shutdown" => vm_appliance::shutdown, (Appliance);
+    "VM_appliance.assert_can_be_recovered" => vm_appliance::assert_can_be_recovered, (Appliance, Session);
+    "VM_appliance.get_SRs_required_for_recovery" => vm_appliance::get_srs_required_for_recovery, (Appliance, Session);
+    "VMSS.create" => vmss::create, (Value);
+    "VMSS.destroy" => vmss::destroy, (Vmss);
+    "VMSS.snapshot_now" => vmss::snapshot_now, (Vmss);
+    "VMSS.set_type" => vmss::set_type, (Vmss, VmssType);
+    "VMSS.set_frequency" => vmss::set_frequency, (Vmss, VmssFrequency);
+    "VMSS.set_schedule" => vmss::set_schedule, (Vmss, Texts);
+    "VMSS.add_to_schedule" => vmss::add_to_schedule, (Vmss, String, String);
+    "VMSS.remove_from_schedule" => vmss::remove_from_schedule, (Vmss, String);
+    "VMSS.set_retained_snapshots" => vmss::set_retained_snapshots, (Vmss, i64);
+    "VMSS.set_last_run_time" => vmss::set_last_run_time, (Vmss, datamodel::Timestamp);
     "SR.create" => sr::create, (Host, Texts, i64, String, String, String, String, bool, Texts);
     "SR.introduce" => sr::introduce, (String, String, String, String, String, bool, Texts);
     "SR.make" => sr::make, (Host, Texts, i64);
@@ -186,6 +262,15 @@ static TABLE: LazyLock<HashMap<&'static str, Handler>> = LazyLock::new(|| HANDLE
 /// The function of a message, if it has one.
 pub(crate) fn handler(name: &str) -> Option<Handler> {
     TABLE.get(name).copied()
+}
+
+/// A message that the pool sends to itself, as whoever may do everything.
+pub(crate) async fn ask(shared: &Arc<Shared>, name: &str, values: Vec<Value>) -> Served<Value> {
+    let call = Call::of_the_pool(shared, shared.store.read().await?, name)?;
+    match handler(name) {
+        Some(handler) => handler(&call, values).await,
+        None => Err(errors::not_implemented(name).into()),
+    }
 }
 
 #[cfg(test)]

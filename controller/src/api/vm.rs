@@ -1,17 +1,19 @@
 //! Messages of the class VM.
 
-use std::collections::BTreeSet;
+pub(super) mod memory;
+pub(super) mod processors;
+pub(crate) mod queries;
+pub(super) mod settings;
 
 use datamodel::enums::{DomainType, VmOperations as Op, VmPowerState};
-use datamodel::fields::{vif, vm, vm_metrics};
-use datamodel::{ApiError, ClassKind, Host, OpaqueRef, Ref, Sr, Value, Vdi, Vm, VmMetrics, errors};
-use raft_store::{NewRow, Transaction};
+use datamodel::fields::{vm, vm_metrics};
+use datamodel::{ClassKind, Host, OpaqueRef, Ref, Sr, Value, Vdi, Vm, VmMetrics, errors};
+use raft_store::{NewRow, Row, State, Transaction};
 
-use crate::call::Call;
-use crate::failure::{Failure, Served, refuse};
+use crate::call::{Call, find, persist};
+use crate::failure::{Served, refuse};
 use crate::membership::departure;
 use crate::operations::{self, Asked, Duplicate, Power, duplicate, refresh, run_power};
-use crate::storage::free_devices;
 use crate::{implicit, lifecycle, placement};
 
 /// Metrics of a VM that is being made.
@@ -62,7 +64,7 @@ pub(super) async fn create(cx: &Call, record: Value) -> Served<Ref<Vm>> {
 
 pub(super) async fn destroy(cx: &Call, this: Ref<Vm>) -> Served<()> {
     let row = cx.row(this)?;
-    lifecycle::check(&row, Op::Destroy)?;
+    lifecycle::check(&cx.state, &row, Op::Destroy)?;
     let mut change = cx.transaction();
     change.expect_row(&row);
     for reference in row.get(vm::VBDS) {
@@ -104,27 +106,15 @@ pub(super) async fn unpause(cx: &Call, this: Ref<Vm>) -> Served<()> {
 }
 
 pub(super) async fn clean_shutdown(cx: &Call, this: Ref<Vm>) -> Served<()> {
-    run_power(cx, this, Op::CleanShutdown, Power::CleanShutdown, None).await
+    operations::clean_shutdown(cx, this).await
 }
 
 pub(super) async fn hard_shutdown(cx: &Call, this: Ref<Vm>) -> Served<()> {
-    let row = cx.row(this)?;
-    // A halted VM is what was asked for.
-    if row.get(vm::POWER_STATE) == VmPowerState::Halted && !row.get(vm::IS_A_TEMPLATE) {
-        return Ok(());
-    }
-    run_power(cx, this, Op::HardShutdown, Power::HardShutdown, None).await
+    operations::hard_shutdown(cx, this).await
 }
 
-/// Asks first, then does not ask.
 pub(super) async fn shutdown(cx: &Call, this: Ref<Vm>) -> Served<()> {
-    match clean_shutdown(cx, this).await {
-        Err(Failure::Api(error)) => {
-            tracing::info!(vm = %this, %error, "the guest did not shut down: power off");
-            hard_shutdown(cx, this).await
-        }
-        other => other,
-    }
+    operations::shutdown(cx, this).await
 }
 
 pub(super) async fn clean_reboot(cx: &Call, this: Ref<Vm>) -> Served<()> {
@@ -133,6 +123,14 @@ pub(super) async fn clean_reboot(cx: &Call, this: Ref<Vm>) -> Served<()> {
 
 pub(super) async fn hard_reboot(cx: &Call, this: Ref<Vm>) -> Served<()> {
     run_power(cx, this, Op::HardReboot, Power::HardReboot, None).await
+}
+
+pub(super) async fn resume(cx: &Call, this: Ref<Vm>, paused: bool, _force: bool) -> Served<()> {
+    operations::resume(cx, this, Op::Resume, paused, None).await
+}
+
+pub(super) async fn resume_on(cx: &Call, this: Ref<Vm>, host: Ref<Host>, paused: bool, _force: bool) -> Served<()> {
+    operations::resume(cx, this, Op::ResumeOn, paused, Some(host)).await
 }
 
 pub(super) async fn get_possible_hosts(cx: &Call, this: Ref<Vm>) -> Served<Vec<Ref<Host>>> {
@@ -145,6 +143,22 @@ pub(super) async fn assert_can_boot_here(cx: &Call, this: Ref<Vm>, host: Ref<Hos
     Ok(placement::check(&cx.state, &row, &host_row)?)
 }
 
+/// Decides on a VM as it is and writes what follows; decides anew where somebody was faster.
+async fn alter(
+    cx: &Call,
+    this: Ref<Vm>,
+    decide: impl Fn(&State, &Row, &mut Transaction) -> Served<()> + Send + Sync,
+) -> Served<()> {
+    persist(cx, |state, change| {
+        let row = find(state, this)?;
+        change.expect_row(&row);
+        decide(state, &row, change)?;
+        refresh(state, change);
+        Ok(())
+    })
+    .await
+}
+
 pub(super) async fn update_allowed_operations(cx: &Call, this: Ref<Vm>) -> Served<()> {
     let row = cx.row(this)?;
     let mut change = cx.transaction();
@@ -153,89 +167,15 @@ pub(super) async fn update_allowed_operations(cx: &Call, this: Ref<Vm>) -> Serve
     cx.commit(change).await.map(drop)
 }
 
-pub(super) async fn get_allowed_vbd_devices(cx: &Call, this: Ref<Vm>) -> Served<Vec<String>> {
-    Ok(free_devices(&cx.state, &*cx.row(this)?))
-}
-
-pub(super) async fn get_allowed_vif_devices(cx: &Call, this: Ref<Vm>) -> Served<Vec<String>> {
-    let row = cx.row(this)?;
-    let taken = row
-        .get(vm::VIFS)
-        .into_iter()
-        .filter_map(|reference: Ref<datamodel::Vif>| Some(cx.state.row(reference)?.get(vif::DEVICE)));
-    let taken: BTreeSet<String> = taken.collect();
-    Ok((0..7).map(|number| number.to_string()).filter(|device| !taken.contains(device)).collect())
-}
-
 pub(super) async fn set_is_a_template(cx: &Call, this: Ref<Vm>, value: bool) -> Served<()> {
-    let row = cx.row(this)?;
-    if value {
-        lifecycle::check(&row, Op::MakeIntoTemplate)?;
-    }
-    let mut change = cx.transaction();
-    change.expect_row(&row).set(this, vm::IS_A_TEMPLATE, value);
-    refresh(&cx.state, &mut change);
-    cx.commit(change).await.map(drop)
-}
-
-fn memory_order(limits: [i64; 4]) -> Result<(), ApiError> {
-    let sorted = limits.windows(2).all(|pair| pair[0] <= pair[1]) && limits[0] >= 0;
-    if sorted { Ok(()) } else { Err(errors::memory_constraint_violation_order()) }
-}
-
-/// Static minimum, static maximum, dynamic minimum, dynamic maximum, in bytes.
-pub(super) async fn set_memory_limits(
-    cx: &Call,
-    this: Ref<Vm>,
-    static_min: i64,
-    static_max: i64,
-    dynamic_min: i64,
-    dynamic_max: i64,
-) -> Served<()> {
-    let row = cx.row(this)?;
-    lifecycle::check(&row, Op::ChangingMemoryLimits)?;
-    memory_order([static_min, dynamic_min, dynamic_max, static_max])?;
-    let mut change = cx.transaction();
-    change
-        .expect_row(&row)
-        .set(this, vm::MEMORY_STATIC_MIN, static_min)
-        .set(this, vm::MEMORY_STATIC_MAX, static_max)
-        .set(this, vm::MEMORY_DYNAMIC_MIN, dynamic_min)
-        .set(this, vm::MEMORY_DYNAMIC_MAX, dynamic_max)
-        .set(this, vm::MEMORY_TARGET, dynamic_min);
-    cx.commit(change).await.map(drop)
-}
-
-pub(super) async fn set_memory(cx: &Call, this: Ref<Vm>, value: i64) -> Served<()> {
-    let static_min = cx.row(this)?.get(vm::MEMORY_STATIC_MIN).min(value);
-    set_memory_limits(cx, this, static_min, value, value, value).await
-}
-
-async fn set_vcpus(cx: &Call, this: Ref<Vm>, at_startup: i64, most: i64) -> Served<()> {
-    let row = cx.row(this)?;
-    lifecycle::check(&row, Op::ChangingVCPUs)?;
-    if at_startup < 1 || at_startup > most {
-        return refuse(errors::invalid_value("VCPUs", format!("{at_startup} at startup of {most}")));
-    }
-    let mut change = cx.transaction();
-    change.expect_row(&row).set(this, vm::VCPUS_AT_STARTUP, at_startup).set(this, vm::VCPUS_MAX, most);
-    cx.commit(change).await.map(drop)
-}
-
-pub(super) async fn set_vcpus_max(cx: &Call, this: Ref<Vm>, value: i64) -> Served<()> {
-    let at_startup = cx.row(this)?.get(vm::VCPUS_AT_STARTUP);
-    set_vcpus(cx, this, at_startup, value).await
-}
-
-pub(super) async fn set_vcpus_at_startup(cx: &Call, this: Ref<Vm>, value: i64) -> Served<()> {
-    let most = cx.row(this)?.get(vm::VCPUS_MAX);
-    set_vcpus(cx, this, value, most).await
-}
-
-/// None yet: figures come with the statistics.
-pub(super) async fn get_data_sources(cx: &Call, this: Ref<Vm>) -> Served<Value> {
-    cx.row(this)?;
-    Ok(Value::set([]))
+    alter(cx, this, |state, row, change| {
+        if value {
+            lifecycle::check(state, row, Op::MakeIntoTemplate)?;
+        }
+        change.set(this, vm::IS_A_TEMPLATE, value);
+        Ok(())
+    })
+    .await
 }
 
 pub(super) async fn power_state_reset(cx: &Call, this: Ref<Vm>) -> Served<()> {

@@ -7,10 +7,10 @@
 use std::collections::BTreeSet;
 
 use datamodel::fields::{pbd, sr, vbd, vdi, vm};
-use datamodel::{ClassId, ClassKind, FieldValue, OpaqueRef, Pbd, Ref, Sr, Value, Vbd, Vdi, Vm};
+use datamodel::{ClassId, ClassKind, FieldValue, OpaqueRef, Pbd, Ref, Sr, Value, Vbd, Vdi, Vm, VmAppliance};
 use raft_store::{State, Transaction};
 
-use crate::{lifecycle, storage};
+use crate::{appliances, lifecycle, storage};
 
 type Object = (ClassId, OpaqueRef);
 
@@ -22,6 +22,13 @@ pub(crate) fn refresh(state: &State, change: &mut Transaction) {
     let mut concerned = BTreeSet::new();
     for object in touched {
         concern(&after, object, &mut concerned);
+        // What left an appliance concerns it, too.
+        if let (Vm::ID, Some(row)) = (object.0, state.row_of(object.0, object.1)) {
+            concerned.insert((VmAppliance::ID, row.get(vm::APPLIANCE).opaque()));
+        }
+    }
+    if lifecycle::clones_suspended(state) != lifecycle::clones_suspended(&after) {
+        concerned.extend(after.all::<Vm>().map(|row| (Vm::ID, row.reference)));
     }
     for (class, reference) in concerned {
         let Some(row) = after.row_of(class, reference) else { continue };
@@ -52,11 +59,12 @@ fn concern(state: &State, object: Object, concerned: &mut BTreeSet<Object>) {
         }
         return;
     }
-    if ![Vm::ID, Vdi::ID, Vbd::ID, Sr::ID].contains(&class) || !concerned.insert(object) {
+    if ![Vm::ID, Vdi::ID, Vbd::ID, Sr::ID, VmAppliance::ID].contains(&class) || !concerned.insert(object) {
         return;
     }
     let Some(row) = state.row_of(class, reference) else { return };
     if class == Vm::ID {
+        concerned.insert((VmAppliance::ID, row.get(vm::APPLIANCE).opaque()));
         for device in row.get(vm::VBDS) {
             concerned.insert((Vbd::ID, device.opaque()));
             if let Some(device) = state.row(device) {
@@ -73,7 +81,8 @@ fn concern(state: &State, object: Object, concerned: &mut BTreeSet<Object>) {
 fn allowed(state: &State, (class, reference): Object) -> Option<Value> {
     let row = state.row_of(class, reference)?;
     Some(match class {
-        Vm::ID => lifecycle::allowed_operations(row).into_value(),
+        Vm::ID => lifecycle::allowed_operations(state, row).into_value(),
+        VmAppliance::ID => appliances::allowed_operations(state, row).into_value(),
         Vdi::ID => storage::rules::vdi_allowed(state, row).into_value(),
         Vbd::ID => storage::rules::vbd_allowed(state, row).into_value(),
         Sr::ID => storage::rules::sr_allowed(state, row).into_value(),

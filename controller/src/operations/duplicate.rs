@@ -60,7 +60,7 @@ pub(crate) struct Asked {
 /// `VM.clone`, `VM.copy` and `VM.snapshot`.
 pub(crate) async fn duplicate(call: &Call, this: Ref<Vm>, how: Duplicate, asked: Asked) -> Served<Ref<Vm>> {
     let row = call.row(this)?;
-    lifecycle::check(&row, how.operation())?;
+    lifecycle::check(&call.state, &row, how.operation())?;
     if disks_of(&call.state, &row, &asked.ignored)?.is_empty() {
         // Rows alone: one transaction.
         let mut change = call.transaction();
@@ -93,14 +93,20 @@ fn disks_of(state: &State, row: &Row, ignored: &[Ref<Vdi>]) -> Served<Vec<(Arc<R
 
 fn begin(draft: &mut Draft<'_>, this: Ref<Vm>, how: Duplicate, asked: &Asked) -> Served<()> {
     let row = draft.row(this)?;
-    lifecycle::check(&row, how.operation())?;
+    lifecycle::check(draft.state, &row, how.operation())?;
     if !asked.into.is_null() && draft.row(asked.into)?.get(sr::CONTENT_TYPE) == "iso" {
         return refuse(errors::operation_not_allowed("disks cannot be copied into a library of CDs"));
     }
     draft.hold(&row, how.operation().as_str());
+    draft.about(this).note("name", &asked.name);
+    hold_disks(draft, &row, how, asked)
+}
+
+/// Marks the disks of a VM that are made anew, and their stores, and notes what is made of them.
+pub(super) fn hold_disks(draft: &mut Draft<'_>, row: &Row, how: Duplicate, asked: &Asked) -> Served<()> {
     let (mut disks_held, mut stores_held) = (BTreeSet::new(), BTreeSet::new());
     let mut notes = Vec::new();
-    for (drive, disk) in disks_of(draft.state, &row, &asked.ignored)? {
+    for (drive, disk) in disks_of(draft.state, row, &asked.ignored)? {
         let from: Ref<Sr> = disk.get(vdi::SR);
         let into = if how == Duplicate::Copy && !asked.into.is_null() { asked.into } else { from };
         // A clone where the driver has none is a copy.
@@ -121,7 +127,6 @@ fn begin(draft: &mut Draft<'_>, this: Ref<Vm>, how: Duplicate, asked: &Asked) ->
         let how = of_disk.as_str();
         notes.push(format!("{} {} {made} {uuid} {into} {host_ref} {how}", drive.reference, disk.reference));
     }
-    draft.about(this).note("name", &asked.name);
     for (place, note) in notes.iter().enumerate() {
         draft.note(format!("disk/{place}"), note);
     }
@@ -158,6 +163,38 @@ fn noted(seen: &Seen<'_>) -> Vec<Noted> {
     (0..).map_while(read).collect()
 }
 
+/// A step for each disk that is made.
+pub(super) fn steps(seen: &Seen<'_>) -> Served<Vec<Planned>> {
+    let step = |noted: Noted| {
+        let disk = find(seen.state, noted.original)?;
+        match noted.how.as_str() {
+            "snapshot" => volumes::snapshot(seen.state, &disk, &noted.uuid, noted.host),
+            "clone" => volumes::clone(seen.state, &disk, &noted.uuid, noted.host),
+            _ => volumes::copy(seen.state, &disk, noted.into, &noted.uuid, noted.host),
+        }
+    };
+    noted(seen).into_iter().map(step).collect()
+}
+
+/// Adds the VM that was made, with its disks, whose steps began with number `first`.
+pub(super) fn record_made(end: &mut Ending<'_>, how: Duplicate, first: usize) -> Served<Ref<Vm>> {
+    let row = find(end.state, end.journal.vm)?;
+    let mut made = BTreeMap::new();
+    for (place, disk) in noted(&end.seen()).into_iter().enumerate() {
+        let original = find(end.state, disk.original)?;
+        let fields = match how {
+            Duplicate::Snapshot => volumes::of_snapshot(&original, end.shared.now()),
+            Duplicate::Clone | Duplicate::Copy => volumes::inherited(&original),
+        };
+        let volume = end.journal.volume(first.saturating_add(place))?;
+        let new = volumes::Made { uuid: &disk.uuid, sr: disk.into, volume, fields };
+        volumes::insert(end.state, end.change, disk.made, new);
+        made.insert(disk.drive, disk.made);
+    }
+    let name = end.journal.parameter("name");
+    Ok(insert(end.shared, end.state, end.change, &row, how, name, &made))
+}
+
 impl Kind for Duplicate {
     fn verb(&self) -> &'static str {
         match self {
@@ -168,34 +205,11 @@ impl Kind for Duplicate {
     }
 
     fn plan(&self, seen: &Seen<'_>) -> Served<Vec<Planned>> {
-        let step = |noted: Noted| {
-            let disk = find(seen.state, noted.original)?;
-            match noted.how.as_str() {
-                "snapshot" => volumes::snapshot(seen.state, &disk, &noted.uuid, noted.host),
-                "clone" => volumes::clone(seen.state, &disk, &noted.uuid, noted.host),
-                _ => volumes::copy(seen.state, &disk, noted.into, &noted.uuid, noted.host),
-            }
-        };
-        noted(seen).into_iter().map(step).collect()
+        steps(seen)
     }
 
     fn record(&self, end: &mut Ending<'_>) -> Served<Value> {
-        let row = find(end.state, end.journal.vm)?;
-        let mut made = BTreeMap::new();
-        for (place, disk) in noted(&end.seen()).into_iter().enumerate() {
-            let original = find(end.state, disk.original)?;
-            let fields = match self {
-                Self::Snapshot => volumes::of_snapshot(&original, end.shared.now()),
-                Self::Clone | Self::Copy => volumes::inherited(&original),
-            };
-            let volume = end.journal.volume(place)?;
-            let new = volumes::Made { uuid: &disk.uuid, sr: disk.into, volume, fields };
-            volumes::insert(end.state, end.change, disk.made, new);
-            made.insert(disk.drive, disk.made);
-        }
-        let name = end.journal.parameter("name");
-        let reference = insert(end.shared, end.state, end.change, &row, *self, name, &made);
-        Ok(Value::Ref(reference.opaque()))
+        record_made(end, *self, 0).map(|made| Value::Ref(made.opaque()))
     }
 
     fn cancellable(&self) -> bool {
@@ -204,7 +218,7 @@ impl Kind for Duplicate {
 }
 
 /// Fields that a new VM does not take from its original.
-fn own_fields() -> [u16; 27] {
+fn own_fields() -> [u16; 32] {
     [
         vm::UUID.index(),
         vm::ALLOWED_OPERATIONS.index(),
@@ -233,6 +247,11 @@ fn own_fields() -> [u16; 27] {
         vm::SNAPSHOT_TIME.index(),
         vm::SUSPEND_VDI.index(),
         vm::BLOCKED_OPERATIONS.index(),
+        vm::ORDER.index(),
+        vm::START_DELAY.index(),
+        vm::SHUTDOWN_DELAY.index(),
+        vm::SNAPSHOT_SCHEDULE.index(),
+        vm::IS_VMSS_SNAPSHOT.index(),
     ]
 }
 
@@ -300,7 +319,7 @@ fn of_snapshot(shared: &Shared, row: &Row) -> Vec<(u16, Value)> {
     ]
 }
 
-fn insert_drives(
+pub(super) fn insert_drives(
     shared: &Shared,
     state: &State,
     change: &mut Transaction,
@@ -335,7 +354,14 @@ fn insert_drives(
     }
 }
 
-fn insert_interfaces(shared: &Shared, state: &State, change: &mut Transaction, row: &Row, of: Ref<Vm>, how: Duplicate) {
+pub(super) fn insert_interfaces(
+    shared: &Shared,
+    state: &State,
+    change: &mut Transaction,
+    row: &Row,
+    of: Ref<Vm>,
+    how: Duplicate,
+) {
     for original in row.get(vm::VIFS).into_iter().filter_map(|device: Ref<Vif>| state.row(device)) {
         // A snapshot is the same machine; any other is another one on the network.
         let keeps = how == Duplicate::Snapshot;

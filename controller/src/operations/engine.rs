@@ -62,7 +62,12 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
     loop {
         let state = shared.store.read().await?;
         let plan = kind.plan(&Seen { state: &state, journal })?;
-        let Some(step) = plan.get(journal.outcomes.len()) else { return Ok(()) };
+        let Some(step) = plan.get(journal.outcomes.len()) else {
+            return match kind.work(shared, journal) {
+                Some(work) => work.await,
+                None => Ok(()),
+            };
+        };
         // The first step is not begun of what was cancelled before it, either.
         if kind.cancellable() && is_cancelled(&state, journal.task) {
             journal.undo.remove(&journal.position());
@@ -142,7 +147,7 @@ async fn journaled(
     Err(Failure::NotLeader)
 }
 
-fn is_cancelled(state: &State, task_ref: Ref<Task>) -> bool {
+pub(crate) fn is_cancelled(state: &State, task_ref: Ref<Task>) -> bool {
     state.row(task_ref).is_some_and(|row| {
         row.get(task::STATUS) == TaskStatusType::Cancelled
             || row.get(task::CURRENT_OPERATIONS).values().any(|operation| *operation == TaskAllowedOperations::Cancel)

@@ -17,31 +17,43 @@
 mod adopt;
 mod allowed;
 mod begin;
+mod checkpoint;
 mod duplicate;
 mod engine;
+mod guest;
 mod journal;
+mod live;
 mod power;
 mod provision;
 mod refusals;
+mod revert;
 mod shown;
 mod step;
+mod suspend;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::{ApiError, Value};
+use futures::future::BoxFuture;
 use proto::agent::Refusal;
 use raft_store::{State, Transaction};
 
 pub(crate) use self::adopt::{adopt, owed_volumes};
 pub(crate) use self::allowed::refresh;
 pub(crate) use self::begin::{Draft, run};
+pub(crate) use self::checkpoint::checkpoint;
 pub(crate) use self::duplicate::{Asked, Duplicate, duplicate};
+pub(crate) use self::engine::is_cancelled;
 pub(crate) use self::journal::Journal;
-pub(crate) use self::power::{Power, run_power};
+pub(crate) use self::live::{Limits, send_sysrq, set_memory, set_vcpus};
+pub(crate) use self::power::{Power, clean_shutdown, hard_shutdown, run_power, shutdown};
 pub(crate) use self::provision::provision;
 pub(crate) use self::refusals::OF_STORES;
-pub(crate) use self::shown::show;
+pub(crate) use self::revert::revert;
+pub(crate) use self::shown::{is_shown, show};
 pub(crate) use self::step::Planned;
+pub(crate) use self::suspend::{resume, suspend};
 use crate::agent::Performed;
 use crate::controller::Shared;
 use crate::failure::{Served, refuse};
@@ -54,7 +66,11 @@ pub(crate) const CLEAN_LIMIT: Duration = Duration::from_secs(1200);
 const ATTEMPTS: usize = 40;
 
 /// What may be in the journal.
-const KINDS: &[&[&[&dyn Kind]]] = &[&[power::KINDS, duplicate::KINDS, provision::KINDS], crate::storage::KINDS];
+const KINDS: &[&[&[&dyn Kind]]] = &[
+    &[power::KINDS, live::KINDS, suspend::KINDS, checkpoint::KINDS, revert::KINDS],
+    &[duplicate::KINDS, provision::KINDS, crate::appliances::KINDS, crate::schedules::KINDS],
+    crate::storage::KINDS,
+];
 
 fn kind(verb: &str) -> Option<&'static dyn Kind> {
     KINDS
@@ -75,6 +91,12 @@ pub(crate) trait Kind: Send + Sync {
     /// # Errors
     /// A row that it needs is gone.
     fn plan(&self, seen: &Seen<'_>) -> Served<Vec<Planned>>;
+
+    /// What it does when its steps are done, where it is made of other operations. Whoever adopts it begins this anew, so
+    /// it looks at what is there and does what is left.
+    fn work<'a>(&'a self, _shared: &'a Arc<Shared>, _journal: &'a Journal) -> Option<BoxFuture<'a, Served<()>>> {
+        None
+    }
 
     /// Writes what its success means; what its call answers.
     ///
@@ -131,6 +153,19 @@ impl Journal {
             Some(Performed::Store(store)) => Ok(store),
             _ => refuse(datamodel::errors::internal_error("the agent did not answer with a store")),
         }
+    }
+
+    /// Whether a step was done, of those that may fail.
+    pub(crate) fn was_done(&self, number: usize) -> bool {
+        !matches!(self.outcomes.get(number), None | Some(Performed::Nothing))
+    }
+
+    /// The last domain that any step answered with.
+    pub(crate) fn last_domain(&self) -> Option<&proto::agent::DomainState> {
+        self.outcomes.iter().rev().find_map(|outcome| match outcome {
+            Performed::Domain(domain) => Some(domain),
+            _ => None,
+        })
     }
 
     /// The domain that a step answered with.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use datamodel::enums::VmOperations;
+use datamodel::enums::{VmOperations, VmPowerState};
 use datamodel::fields::vm;
 use datamodel::{ApiError, ClassKind, Host, Ref, Value, Vm};
 use proto::agent::step::Action;
@@ -12,6 +12,7 @@ use proto::agent::{
 };
 use raft_store::{LogIndex, Row, State};
 
+use super::suspend::discard;
 use super::{CLEAN_LIMIT, Draft, Ending, Kind, Planned, Seen, run, show};
 use crate::call::{Call, find};
 use crate::failure::{Failure, Served};
@@ -72,23 +73,59 @@ pub(crate) async fn run_power(
     run(call, power.kind(), move |draft| begin(draft, this, what, power, on)).await.map(drop)
 }
 
+pub(crate) async fn clean_shutdown(call: &Call, this: Ref<Vm>) -> Served<()> {
+    run_power(call, this, VmOperations::CleanShutdown, Power::CleanShutdown, None).await
+}
+
+/// Ends a VM whatever its guest wants. A halted one is what was asked for.
+pub(crate) async fn hard_shutdown(call: &Call, this: Ref<Vm>) -> Served<()> {
+    let state = call.latest().await?;
+    let row = find(&state, this)?;
+    match row.get(vm::POWER_STATE) {
+        VmPowerState::Halted if !row.get(vm::IS_A_TEMPLATE) => Ok(()),
+        VmPowerState::Suspended => discard(call, this).await,
+        _ => run_power(call, this, VmOperations::HardShutdown, Power::HardShutdown, None).await,
+    }
+}
+
+/// Asks first, then does not ask.
+pub(crate) async fn shutdown(call: &Call, this: Ref<Vm>) -> Served<()> {
+    let state = call.latest().await?;
+    lifecycle::check(&state, &*find(&state, this)?, VmOperations::Shutdown)?;
+    match clean_shutdown(call, this).await {
+        Err(Failure::Api(error)) => {
+            tracing::info!(vm = %this, %error, "the guest did not shut down: power off");
+            hard_shutdown(call, this).await
+        }
+        other => other,
+    }
+}
+
 fn begin(draft: &mut Draft<'_>, this: Ref<Vm>, what: VmOperations, power: Power, on: Option<Ref<Host>>) -> Served<()> {
     let row = draft.row(this)?;
-    lifecycle::check(&row, what)?;
+    lifecycle::check(draft.state, &row, what)?;
     draft.hold(&row, what.as_str());
-    let host_ref = if power.starts() {
-        let host_ref = place(draft.call, draft.state, &row, on)?;
-        // The host's other starts are decided against this one: two that together do not fit cannot both commit.
-        let host_row = draft.row(host_ref)?;
-        draft.change.expect_row(&host_row).touch(Host::ID, host_ref.opaque());
-        draft.change.set(this, vm::SCHEDULED_TO_BE_RESIDENT_ON, host_ref);
-        disks::hold_all(draft, &row)?;
-        host_ref
-    } else {
-        row.get(vm::RESIDENT_ON)
-    };
+    let host_ref = if power.starts() { reserve(draft, &row, on)? } else { row.get(vm::RESIDENT_ON) };
     draft.about(this).on(host_ref);
     Ok(())
+}
+
+/// Chooses the host for a VM, and takes its memory and its disks for it.
+pub(super) fn reserve(draft: &mut Draft<'_>, row: &Row, on: Option<Ref<Host>>) -> Served<Ref<Host>> {
+    let this = row.typed::<Vm>();
+    let host_ref = place(draft.call, draft.state, row, on)?;
+    // The host's other starts are decided against this one: two that together do not fit cannot both commit.
+    let host_row = draft.row(host_ref)?;
+    let target = placement::target(row, placement::free_memory(draft.state, &host_row));
+    draft
+        .change
+        .expect_row(&host_row)
+        .touch(Host::ID, host_ref.opaque())
+        .set(this, vm::SCHEDULED_TO_BE_RESIDENT_ON, host_ref)
+        .set(this, vm::MEMORY_TARGET, target)
+        .set(this, vm::MEMORY_OVERHEAD, placement::overhead(row));
+    disks::hold_all(draft, row)?;
+    Ok(host_ref)
 }
 
 /// The host that starts a VM.
@@ -173,13 +210,13 @@ fn unsigned<T: TryFrom<i64> + Default>(number: i64) -> T {
 ///
 /// # Errors
 /// A disk is gone, or the host does not reach it.
-fn spec(state: &State, row: &Row, host_ref: Ref<Host>, generation: LogIndex) -> Served<DomainSpec> {
+pub(super) fn spec(state: &State, row: &Row, host_ref: Ref<Host>, generation: LogIndex) -> Served<DomainSpec> {
     let boot = row.get(vm::HVM_BOOT_PARAMS);
     Ok(DomainSpec {
         vm: row.uuid().to_owned(),
         name: row.name_label().to_owned(),
         memory_static_max: unsigned(row.get(vm::MEMORY_STATIC_MAX)),
-        memory_target: unsigned(row.get(vm::MEMORY_DYNAMIC_MAX)),
+        memory_target: unsigned(placement::held(row)),
         vcpus_max: unsigned(row.get(vm::VCPUS_MAX)),
         vcpus_at_startup: unsigned(row.get(vm::VCPUS_AT_STARTUP)),
         kernel: row.get(vm::PV_KERNEL),

@@ -67,7 +67,7 @@ pub(super) const KINDS: &[&dyn Kind] = &[&Provision];
 /// `VM.provision`.
 pub(crate) async fn provision(call: &Call, this: Ref<Vm>) -> Served<()> {
     let row = call.row(this)?;
-    lifecycle::check(&row, Op::Provision)?;
+    lifecycle::check(&call.state, &row, Op::Provision)?;
     let asked = parse(row.get(vm::OTHER_CONFIG).get(DISKS).map_or("", String::as_str))?;
     if asked.is_empty() {
         // Rows alone: one transaction.
@@ -82,7 +82,7 @@ pub(crate) async fn provision(call: &Call, this: Ref<Vm>) -> Served<()> {
 
 fn begin(draft: &mut Draft<'_>, this: Ref<Vm>) -> Served<()> {
     let row = draft.row(this)?;
-    lifecycle::check(&row, Op::Provision)?;
+    lifecycle::check(draft.state, &row, Op::Provision)?;
     draft.hold(&row, Op::Provision.as_str());
     let mut held = BTreeSet::new();
     let asked = parse(row.get(vm::OTHER_CONFIG).get(DISKS).map_or("", String::as_str))?;

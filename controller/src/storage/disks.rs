@@ -103,11 +103,6 @@ pub(crate) fn detached(state: &State, change: &mut Transaction, vm_row: &Row) {
     }
 }
 
-/// The first SR that a VM's disks need and a host does not reach.
-pub(crate) fn out_of_reach(state: &State, vm_row: &Row, host_ref: Ref<Host>) -> Option<Ref<Sr>> {
-    drives(state, vm_row).iter().find_map(|drive| out_of_reach_of(state, drive, host_ref))
-}
-
 /// The SR of a drive's disk, if a host does not reach it.
 pub(crate) fn out_of_reach_of(state: &State, drive: &Row, host_ref: Ref<Host>) -> Option<Ref<Sr>> {
     let sr_ref = state.row::<Vdi>(drive.get(vbd::VDI))?.get(vdi::SR);

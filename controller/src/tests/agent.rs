@@ -1,14 +1,18 @@
 //! An agent whose steps can be held up, and which does what it is asked.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use parking_lot::Mutex;
 use proto::agent::agent_event::Event;
+use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 use proto::agent::{
-    AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, Nic, PowerState, Step, WatchRequest,
+    AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, Nic, PowerState, Refusal, Step,
+    WatchRequest,
 };
 use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
@@ -24,6 +28,8 @@ pub(crate) struct Obedient {
     begun: watch::Sender<usize>,
     domains: broadcast::Sender<DomainState>,
     pub(crate) stores: Stores,
+    steps: Mutex<Vec<Step>>,
+    refusals: Mutex<VecDeque<Refusal>>,
 }
 
 impl Obedient {
@@ -34,6 +40,8 @@ impl Obedient {
             begun: watch::Sender::new(0),
             domains: broadcast::Sender::new(8),
             stores: Stores::default(),
+            steps: Mutex::default(),
+            refusals: Mutex::default(),
         }
     }
 
@@ -45,6 +53,17 @@ impl Obedient {
     /// Steps that wait go on.
     pub(crate) fn release(&self) {
         self.open.send_replace(true);
+    }
+
+    /// The next step is refused for this.
+    pub(crate) fn refuse(&self, reason: Reason) {
+        let refusal = Refusal { reason: reason.into(), detail: "as the test wants it".into(), ..Refusal::default() };
+        self.refusals.lock().push_back(refusal);
+    }
+
+    /// Every step that was asked for, in order.
+    pub(crate) fn steps(&self) -> Vec<Step> {
+        self.steps.lock().clone()
     }
 
     /// Tells of a domain.
@@ -82,12 +101,35 @@ impl Agent for Obedient {
         self.begun.send_modify(|begun| *begun += 1);
         let mut open = self.open.subscribe();
         open.wait_for(|open| *open).await.map_err(|error| AgentError::Unknown(error.to_string()))?;
+        self.steps.lock().push(step.clone());
+        if let Some(refusal) = self.refusals.lock().pop_front() {
+            return Err(AgentError::Refused(refusal));
+        }
+        let memory_actual = match &step.action {
+            Some(Action::Start(start)) => start.spec.as_ref().map_or(0, |spec| spec.memory_target),
+            Some(Action::MemoryTarget(target)) => target.bytes,
+            _ => 0,
+        };
         let (state, domid) = match step.action {
-            Some(Action::Start(_) | Action::Unpause(_) | Action::Reboot(_)) => (PowerState::Running, 7),
+            Some(
+                Action::Start(_)
+                | Action::Unpause(_)
+                | Action::Reboot(_)
+                | Action::Resume(_)
+                | Action::MemoryTarget(_)
+                | Action::Vcpus(_)
+                | Action::Keys(_),
+            ) => (PowerState::Running, 7),
             Some(Action::Pause(_)) => (PowerState::Paused, 7),
             _ => (PowerState::Halted, -1),
         };
-        Ok(Performed::Domain(DomainState { vm: step.vm, state: state.into(), domid, ..DomainState::default() }))
+        Ok(Performed::Domain(DomainState {
+            vm: step.vm,
+            state: state.into(),
+            domid,
+            memory_actual,
+            ..DomainState::default()
+        }))
     }
 
     async fn watch(&self, _: WatchRequest) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError> {

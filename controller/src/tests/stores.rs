@@ -153,6 +153,7 @@ impl Inner {
                 self.volumes.remove(&vdi);
                 Ok(Performed::Volume(VolumeState { vdi, ..VolumeState::default() }))
             }
+            Action::RevertVolume(step) => Ok(Performed::Volume(self.there(step.volume.as_ref())?)),
             _ => Ok(Performed::Domain(proto::agent::DomainState::default())),
         }
     }
@@ -173,11 +174,25 @@ impl Stores {
             inner.specs.push(spec);
             return missing.map(|refusal| Err(AgentError::Refused(refusal)));
         }
-        let of_domain = matches!(
+        let of_stores = matches!(
             action,
-            Action::Destroy(_) | Action::Pause(_) | Action::Unpause(_) | Action::Shutdown(_) | Action::Reboot(_)
+            Action::AttachStore(_)
+                | Action::DetachStore(_)
+                | Action::CreateStore(_)
+                | Action::DestroyStore(_)
+                | Action::ScanStore(_)
+                | Action::CreateVolume(_)
+                | Action::SnapshotVolume(_)
+                | Action::CloneVolume(_)
+                | Action::CopyVolume(_)
+                | Action::ResizeVolume(_)
+                | Action::DestroyVolume(_)
+                | Action::RevertVolume(_)
+                | Action::PlugDisk(_)
+                | Action::UnplugDisk(_)
+                | Action::Medium(_)
         );
-        if of_domain {
+        if !of_stores {
             return None;
         }
         let key = (step.operation.clone(), step.number);
