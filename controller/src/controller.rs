@@ -67,6 +67,9 @@ pub(crate) struct Shared {
     /// Held while the database is being restored.
     pub(crate) restoring: tokio::sync::Mutex<()>,
     pub(crate) shutdown: CancellationToken,
+    /// In tests: an operation is let go of after so many of its doings, as if the master had died; 0: never.
+    #[cfg(test)]
+    pub(crate) dies_after: std::sync::atomic::AtomicUsize,
 }
 
 impl Shared {
@@ -120,6 +123,8 @@ impl Controller {
             in_hand: InHand::default(),
             restoring: tokio::sync::Mutex::default(),
             shutdown,
+            #[cfg(test)]
+            dies_after: std::sync::atomic::AtomicUsize::new(0),
         };
         Self { shared: Arc::new(shared) }
     }

@@ -18,9 +18,9 @@ use crate::failure::{Failure, Served};
 use crate::{repeats, tasks};
 
 /// What nobody has in hand is looked for this often.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 1_000 });
 /// What could not be undone is tried again so often.
-const UNDO_AGAIN: Duration = Duration::from_secs(10);
+const UNDO_AGAIN: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 10_000 });
 
 /// Finishes what nobody has in hand, and fails the tasks and answers that nobody stands for: what the last master left, and
 /// what was let go of here, because a proof of the lead came too late or a caller hung up. Looks again and again; ends

@@ -68,12 +68,6 @@ impl Draft<'_> {
         self.entry.note_fields(class, fields);
         self
     }
-
-    /// Its call goes on when it has ended well: its task and its answer stay open.
-    pub(crate) fn is_part(&mut self) -> &mut Self {
-        self.entry.is_part();
-        self
-    }
 }
 
 /// Begins an operation and sees it through. What `draft` checks and writes is decided anew while others are faster. A

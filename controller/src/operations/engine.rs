@@ -38,6 +38,25 @@ pub(super) async fn finish(shared: &Arc<Shared>, mut journal: Journal) -> Served
     refuse(error)
 }
 
+/// In tests, the end of a master between any two things that an operation does.
+#[cfg(test)]
+fn dies(shared: &Shared) -> Served<()> {
+    use std::sync::atomic::Ordering;
+    let left = shared.dies_after.load(Ordering::SeqCst);
+    if left == 1 {
+        shared.dies_after.store(0, Ordering::SeqCst);
+        return Err(Failure::NotLeader);
+    }
+    shared.dies_after.store(left.saturating_sub(1), Ordering::SeqCst);
+    Ok(())
+}
+
+#[cfg(not(test))]
+#[allow(clippy::unnecessary_wraps)]
+const fn dies(_: &Shared) -> Served<()> {
+    Ok(())
+}
+
 /// Does the steps that are left.
 async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Journal) -> Served<()> {
     loop {
@@ -54,6 +73,7 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
             journal.undo.remove(&journal.position());
             return refuse(errors::task_cancelled(journal.task));
         }
+        dies(shared)?;
         let number = journal.position();
         if let Some(undo) = &step.undo {
             journal.undo.insert(number, undo.clone());
@@ -83,6 +103,7 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
                 return refuse(error);
             }
         };
+        dies(shared)?;
         journal.outcomes.push(outcome);
         let plan = kind.plan(&Seen { state: &state, journal })?;
         if let Some(next) = plan.get(journal.outcomes.len()) {
@@ -154,6 +175,7 @@ async fn turn(shared: &Arc<Shared>, journal: &mut Journal, error: &ApiError) -> 
 pub(super) async fn undo(shared: &Arc<Shared>, journal: &mut Journal) -> Served<()> {
     let mut left = std::collections::BTreeMap::new();
     while let Some((number, undo)) = journal.undo.pop_last() {
+        dies(shared)?;
         match step::undo(shared, journal, number, &undo).await {
             Ok(_) => {}
             Err(StepError::NotLeader) => return Err(Failure::NotLeader),
@@ -181,6 +203,7 @@ async fn settle(
     kind: Option<&'static dyn Kind>,
     failed: Option<&ApiError>,
 ) -> Served<Value> {
+    dies(shared)?;
     for _ in 0..ATTEMPTS {
         let state = shared.store.read().await?;
         if state.row(journal.reference).is_none() {
@@ -234,9 +257,7 @@ fn settle_call(
     journal: &Journal,
     result: Result<&Value, &ApiError>,
 ) {
-    let goes_on = journal.is_part() && result.is_ok();
     if let Some(answer) = journal.answer()
-        && !goes_on
         && let Some(row) = state.row(Ref::<Answer>::from_opaque(answer))
     {
         repeats::close(change, row.typed(), result);
@@ -246,7 +267,6 @@ fn settle_call(
         change.delete(task_ref);
     } else if let Some(task_row) = state.row(task_ref)
         && task_row.get(task::STATUS) == TaskStatusType::Pending
-        && !goes_on
         // A call that runs here may try something else.
         && (result.is_ok() || !shared.tasks.runs(task_ref))
     {

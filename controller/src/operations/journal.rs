@@ -9,7 +9,7 @@
 //! | `did/N` | what step N came to; steps that have none were not done, or nobody knows |
 //! | `undo/N` | how step N is undone, written before it is done |
 //! | `failed` | the error for which the steps are being undone |
-//! | `task`, `answer`, `more` | what ends with it |
+//! | `task`, `answer` | what ends with it |
 
 use std::collections::BTreeMap;
 
@@ -33,7 +33,6 @@ const DID: &str = "did/";
 const UNDO: &str = "undo/";
 const FAILED: &str = "failed";
 const TASK: &str = "task";
-const MORE: &str = "more";
 
 /// An operation as its journal tells it.
 #[derive(Debug, Clone)]
@@ -144,11 +143,6 @@ impl Journal {
         self.parameters.contains_key(TASK)
     }
 
-    /// Whether its call goes on when it has ended well.
-    pub(super) fn is_part(&self) -> bool {
-        self.parameters.contains_key(MORE)
-    }
-
     /// Only what could not be undone is left of it: nobody waits for that, and nothing is held.
     pub(super) fn only_owes(&self) -> bool {
         self.failure.is_some() && self.parameters.get(HELD).is_some_and(String::is_empty) && self.task.is_null()
@@ -223,10 +217,6 @@ impl Entry {
 
     pub(super) fn closes(&mut self, answer: OpaqueRef) {
         self.parameters.insert(ANSWER.to_owned(), answer.to_string());
-    }
-
-    pub(super) fn is_part(&mut self) {
-        self.parameters.insert(MORE.to_owned(), "more".to_owned());
     }
 
     /// Notes the fields of an object that it makes.

@@ -16,7 +16,7 @@ use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
 use crate::membership::is_live;
 
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 1_000 });
 /// A connection that could not be plugged is tried again after this.
 const PLUG_AGAIN: Duration = Duration::from_secs(30);
 /// A store is looked into no more often than this.
@@ -72,7 +72,9 @@ async fn plug_what_booted(shared: &Arc<Shared>, state: &State, tried: &mut HashM
     for this in waiting {
         tried.insert(this, Instant::now());
     }
-    tried.retain(|this, _| state.row(*this).is_some());
+    // What is plugged by now is plugged at once after the next boot.
+    let state = shared.store.state();
+    tried.retain(|this, _| state.row(*this).is_some_and(|row| !row.get(pbd::CURRENTLY_ATTACHED)));
 }
 
 /// Stores whose disks changed since they were looked into, and those that somebody else may write to.

@@ -13,14 +13,14 @@ use raft_store::{Row, State};
 
 /// Who may have a disk open while something is done to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Use {
+pub(crate) enum Use {
     Nobody,
     Readers,
     Anybody,
 }
 
 /// For each operation on a disk: what its driver must be able to do, and who may use the disk meanwhile.
-const DISKS: &[(VdiOp, &str, Use)] = &[
+pub(crate) const DISKS: &[(VdiOp, &str, Use)] = &[
     (VdiOp::Snapshot, "VDI_SNAPSHOT", Use::Anybody),
     (VdiOp::Clone, "VDI_CLONE", Use::Anybody),
     (VdiOp::Copy, "", Use::Readers),
@@ -40,7 +40,7 @@ const DISKS: &[(VdiOp, &str, Use)] = &[
 
 /// Which hosts must be connected to a store for what is done to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Connected {
+pub(crate) enum Connected {
     /// At least one.
     Some,
     /// None; there is a PBD.
@@ -51,14 +51,14 @@ enum Connected {
 
 /// Operations on a store that go together: all of one group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Group {
+pub(crate) enum Group {
     Alone,
     Connections,
     Disks,
 }
 
 /// For each operation on a store: what its driver must be able to do, who must be connected, and what it goes with.
-const STORES: &[(SrOp, &str, Connected, Group)] = &[
+pub(crate) const STORES: &[(SrOp, &str, Connected, Group)] = &[
     (SrOp::Scan, "", Connected::Some, Group::Alone),
     (SrOp::Update, "SR_UPDATE", Connected::Some, Group::Alone),
     (SrOp::Destroy, "", Connected::NoneOfThem, Group::Alone),
@@ -88,7 +88,7 @@ const RUNNING: u8 = 8;
 
 /// For each operation on a drive: the power states of its VM in which it is possible, and, where it matters, whether the
 /// drive is attached, and whether it is empty. What needs to know whether it is empty is for removable media alone.
-const DRIVES: &[(VbdOp, u8, Option<bool>, Option<bool>)] = &[
+pub(crate) const DRIVES: &[(VbdOp, u8, Option<bool>, Option<bool>)] = &[
     (VbdOp::Attach, HALTED | SUSPENDED | RUNNING | PAUSED, None, None),
     (VbdOp::Plug, RUNNING, Some(false), None),
     (VbdOp::Unplug, RUNNING, Some(true), None),

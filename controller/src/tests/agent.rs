@@ -17,6 +17,7 @@ use proto::agent::{
 use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
+use super::stores::Stores;
 use crate::{Agent, AgentError, Performed};
 
 const MEMORY: u64 = 16 << 30;
@@ -26,6 +27,7 @@ pub(crate) struct Obedient {
     open: watch::Sender<bool>,
     begun: watch::Sender<usize>,
     domains: broadcast::Sender<DomainState>,
+    pub(crate) stores: Stores,
     steps: Mutex<Vec<Step>>,
     refusals: Mutex<VecDeque<Refusal>>,
 }
@@ -37,6 +39,7 @@ impl Obedient {
             open: watch::Sender::new(true),
             begun: watch::Sender::new(0),
             domains: broadcast::Sender::new(8),
+            stores: Stores::default(),
             steps: Mutex::default(),
             refusals: Mutex::default(),
         }
@@ -84,6 +87,7 @@ impl Agent for Obedient {
             memory_total: MEMORY,
             memory_free: MEMORY,
             control_domain_memory: 1 << 28,
+            boot_id: self.stores.boot_id(),
             nics: vec![Nic { device: "eth0".into(), mtu: 1500, management: true, ..Nic::default() }],
             ..HostFacts::default()
         };
@@ -91,6 +95,9 @@ impl Agent for Obedient {
     }
 
     async fn perform(&self, step: Step, _: Duration) -> Result<Performed, AgentError> {
+        if let Some(outcome) = self.stores.perform(&step) {
+            return outcome;
+        }
         self.begun.send_modify(|begun| *begun += 1);
         let mut open = self.open.subscribe();
         open.wait_for(|open| *open).await.map_err(|error| AgentError::Unknown(error.to_string()))?;
@@ -128,13 +135,22 @@ impl Agent for Obedient {
     async fn watch(&self, _: WatchRequest) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError> {
         let event = |event| Ok(AgentEvent { event: Some(event) });
         let all = futures::stream::once(async move { event(Event::All(DomainList { domains: Vec::new() })) });
-        let beats = futures::stream::unfold((), move |()| async move {
-            tokio::time::sleep(Duration::from_millis(500)).await;
-            Some((event(Event::Beat(Beat { memory_free: MEMORY, memory_total: MEMORY })), ()))
+        let boot = self.stores.booted();
+        let beats = futures::stream::unfold(boot, move |mut boot| async move {
+            // A host that boots breaks its connections.
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(500)) => {}
+                _ = boot.changed() => return None,
+            }
+            Some((event(Event::Beat(Beat { memory_free: MEMORY, memory_total: MEMORY })), boot))
         });
         let domains = futures::stream::unfold(self.domains.subscribe(), move |mut domains| async move {
             domains.recv().await.ok().map(|domain| (event(Event::Domain(domain)), domains))
         });
-        Ok(all.chain(futures::stream::select(beats, domains)).boxed())
+        let booted = {
+            let mut boot = self.stores.booted();
+            async move { drop(boot.changed().await) }
+        };
+        Ok(all.chain(futures::stream::select(beats, domains)).take_until(booted).boxed())
     }
 }

@@ -15,6 +15,10 @@ mod operations;
 mod repeats;
 mod schedules;
 mod sessions;
+mod storage;
+mod storage_faults;
+mod storage_rules;
+mod stores;
 mod tasks;
 
 use std::sync::Arc;
@@ -131,6 +135,12 @@ impl Pool {
         let leads = leadership.wait_for(|now| matches!(now, Leadership::Leader { .. }));
         tokio::time::timeout(PATIENCE, leads).await.unwrap().unwrap();
         pool.until(|state| state.all::<HostMetrics>().any(|row| row.get(host_metrics::LIVE))).await;
+        // Its stores are plugged, and then it rests.
+        pool.until(|state| {
+            state.all::<datamodel::Pbd>().all(|row| row.get(datamodel::fields::pbd::CURRENTLY_ATTACHED))
+                && state.count(datamodel::Operation::ID) == 0
+        })
+        .await;
         pool.root = pool.login().await;
         pool
     }
