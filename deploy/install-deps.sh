@@ -59,7 +59,7 @@ fi
 # The test guest is made of packages that are downloaded and unpacked, not installed: apt must know them.
 lists=true
 if [ "$purpose" != build ] && has apt-cache; then
-  apt-cache show linux-image-cloud-amd64 busybox-static >/dev/null 2>&1 || lists=false
+  apt-cache show linux-image-cloud-amd64 busybox-static qemu-guest-agent >/dev/null 2>&1 || lists=false
 fi
 
 if [ ${#packages[@]} -eq 0 ] && $lists; then

@@ -72,7 +72,8 @@ impl StepKind {
     pub fn check(self, power: Power, clean: bool) -> Result<(), Refusal> {
         let allowed = match self {
             Self::Start | Self::Resume => matches!(power, Power::Halted | Power::Crashed),
-            Self::Pause | Self::Shutdown | Self::Suspend | Self::Keys => power == Power::Running,
+            Self::Pause | Self::Shutdown | Self::Keys => power == Power::Running,
+            Self::Suspend => matches!(power, Power::Running | Power::Paused),
             Self::Unpause => power == Power::Paused,
             Self::Reboot => power == Power::Running || (!clean && power == Power::Paused),
             _ => true,

@@ -20,9 +20,10 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::hypervisor::Hypervisor;
-use crate::hypervisor::domain::{DomainState, Reason, Refusal};
+use crate::hypervisor::domain::{DomainState, Medium, Reason, Refusal};
 use crate::ledger::{Done, Ledger, Outcome, Past, StepKey};
 use crate::storage::Stores;
+use crate::storage::words::Access;
 use crate::wire::Deed;
 pub(crate) use stores::Domains;
 
@@ -182,6 +183,35 @@ impl Steps {
                 let _held = self.open_disks(vm, disks.unwrap_or_default(), &volumes).await?;
                 self.hypervisor.reboot(vm, *reboot, by).await
             }
+            Deed::Suspend { into, keep_running } => {
+                let image = self.open_volume(&into, Access { read_only: false, sharable: false, vm: None }).await?;
+                self.hypervisor.suspend(vm, &image.source.path, keep_running, by).await
+            }
+            Deed::Resume { mut spec, volumes, from, paused } => {
+                let image = self.open_volume(&from, Access { read_only: true, sharable: false, vm: None }).await?;
+                let _held = self.open_disks(vm, &mut spec.disks, &volumes).await?;
+                self.hypervisor.resume(*spec, &image.source.path, paused, by).await
+            }
+            Deed::MemoryTarget(bytes) => self.hypervisor.set_memory_target(vm, bytes, by).await,
+            Deed::Vcpus(number) => self.hypervisor.set_vcpus(vm, number, by).await,
+            Deed::Keys(letter) => self.hypervisor.send_sysrq(vm, letter, by).await,
+            Deed::PlugDisk { mut disk, volumes } => {
+                let _held = self.open_disks(vm, std::slice::from_mut(&mut *disk), &volumes).await?;
+                self.hypervisor.plug_disk(vm, *disk, by).await
+            }
+            Deed::UnplugDisk { vbd, how } => self.hypervisor.unplug_disk(vm, &vbd, how, by).await,
+            Deed::Medium { vbd, volume } => {
+                let access = Access { read_only: true, sharable: false, vm: Some(vm) };
+                let image = match &volume {
+                    Some(volume) => Some(self.open_volume(volume, access).await?),
+                    None => None,
+                };
+                let medium = image.as_ref().map(|it| Medium {
+                    path: it.source.path.display().to_string(),
+                    format: it.source.format,
+                });
+                self.hypervisor.change_medium(vm, &vbd, medium, by).await
+            }
             Deed::Store(deed) => return self.store_step(deed, again).await,
         };
         state.map(Done::from)
@@ -195,7 +225,7 @@ impl Steps {
             StepKind::Shutdown if now.is_none() => {
                 Some(DomainState::halted(step.subject, &step.operation, "guest-shutdown"))
             }
-            StepKind::Start | StepKind::Pause | StepKind::Unpause => {
+            StepKind::Start | StepKind::Resume | StepKind::Pause | StepKind::Unpause => {
                 now.filter(|domain| domain.last_operation == step.operation)
             }
             _ => None,

@@ -11,9 +11,10 @@ use uuid::Uuid;
 mod stores;
 
 use crate::hypervisor::domain::{
-    Action, Console, Disk, DomainSpec, DomainState, ImageFormat, Power, Reason, Reboot, Refusal, StepKind, Vif,
+    Action, Console, Disk, DomainSpec, DomainState, GuestMetrics, ImageFormat, Power, Reason, Reboot, Refusal, StepKind, Vif,
 };
 
+use crate::hypervisor::Unplug;
 use crate::ledger::{Done, Outcome};
 use crate::storage::words::Volume;
 pub(crate) use stores::StoreDeed;
@@ -30,6 +31,14 @@ pub(crate) enum Deed {
     Unpause,
     Shutdown { limit: Duration },
     Reboot { reboot: Box<Reboot>, volumes: Vec<Wanted> },
+    Suspend { into: Volume, keep_running: bool },
+    Resume { spec: Box<DomainSpec>, volumes: Vec<Wanted>, from: Volume, paused: bool },
+    MemoryTarget(u64),
+    Vcpus(u32),
+    Keys(char),
+    PlugDisk { disk: Box<Disk>, volumes: Vec<Wanted> },
+    UnplugDisk { vbd: String, how: Unplug },
+    Medium { vbd: String, volume: Option<Volume> },
     Store(StoreDeed),
 }
 
@@ -50,6 +59,14 @@ impl Deed {
             Self::Unpause => StepKind::Unpause,
             Self::Shutdown { .. } => StepKind::Shutdown,
             Self::Reboot { .. } => StepKind::Reboot,
+            Self::Suspend { .. } => StepKind::Suspend,
+            Self::Resume { .. } => StepKind::Resume,
+            Self::MemoryTarget(_) => StepKind::MemoryTarget,
+            Self::Vcpus(_) => StepKind::Vcpus,
+            Self::Keys(_) => StepKind::Keys,
+            Self::PlugDisk { .. } => StepKind::PlugDisk,
+            Self::UnplugDisk { .. } => StepKind::UnplugDisk,
+            Self::Medium { .. } => StepKind::Medium,
             Self::Store(deed) => deed.kind(),
         }
     }
@@ -81,6 +98,37 @@ pub(crate) fn deed(vm: Uuid, action: Option<wire::step::Action>) -> Result<Deed,
             };
             let reboot = Reboot { clean: reboot.clean, limit: limit(reboot.timeout_ms), spec };
             Deed::Reboot { reboot: Box::new(reboot), volumes }
+        }
+        Step::Suspend(suspend) => {
+            Deed::Suspend { into: stores::volume(suspend.into)?, keep_running: suspend.keep_running }
+        }
+        Step::Resume(resume) => {
+            let spec = resume.spec.ok_or_else(|| Status::invalid_argument("a resume needs a spec"))?;
+            let (spec, volumes) = spec_of(vm, spec)?;
+            let from = stores::volume(resume.from)?;
+            Deed::Resume { spec: Box::new(spec), volumes, from, paused: resume.paused }
+        }
+        Step::MemoryTarget(target) => Deed::MemoryTarget(target.bytes),
+        Step::Vcpus(vcpus) => Deed::Vcpus(vcpus.number),
+        Step::Keys(keys) => {
+            let mut letters = keys.sysrq.chars();
+            match (letters.next(), letters.next()) {
+                (Some(letter), None) => Deed::Keys(letter),
+                _ => return Err(Status::invalid_argument("SysRq takes one letter")),
+            }
+        }
+        Step::PlugDisk(plug) => {
+            let said = plug.disk.ok_or_else(|| Status::invalid_argument("the step says not which disk"))?;
+            let volumes = wanted(&said).into_iter().collect::<Result<_, _>>()?;
+            Deed::PlugDisk { disk: Box::new(disk(said)), volumes }
+        }
+        Step::UnplugDisk(unplug) => {
+            let how = Unplug { force: unplug.force, limit: limit(unplug.timeout_ms) };
+            Deed::UnplugDisk { vbd: unplug.vbd, how }
+        }
+        Step::Medium(medium) => {
+            let volume = medium.volume.map(|volume| stores::volume(Some(volume))).transpose()?;
+            Deed::Medium { vbd: medium.vbd, volume }
         }
         other => Deed::Store(stores::store_deed(other)?),
     })
@@ -183,8 +231,20 @@ pub(crate) fn state_of(state: DomainState) -> wire::DomainState {
         reason: state.reason,
         consoles: state.consoles.into_iter().map(console).collect(),
         generation: state.generation,
-        guest: None,
-        disks: Vec::new(),
+        guest: state.guest.map(metrics_of),
+        disks: state.disks,
+    }
+}
+
+fn metrics_of(guest: GuestMetrics) -> wire::GuestMetrics {
+    wire::GuestMetrics {
+        os_version: guest.os_version.into_iter().collect(),
+        pv_drivers_version: guest.pv_drivers_version.into_iter().collect(),
+        networks: guest.networks.into_iter().collect(),
+        other: guest.other.into_iter().collect(),
+        agent_live: guest.agent_live,
+        can_balloon: guest.can_balloon,
+        can_plug_disks: guest.can_plug_disks,
     }
 }
 

@@ -24,7 +24,7 @@ pub struct DomainSpec {
     pub name: String,
     /// Bytes; what the domain may ever have.
     pub memory_static_max: u64,
-    /// Bytes; what it has now. 0 means `memory_static_max`.
+    /// Bytes; what it should have now. 0 means `memory_static_max`.
     pub memory_target: u64,
     /// How many vCPUs can be plugged.
     pub vcpus_max: u32,
@@ -57,17 +57,32 @@ pub struct DomainSpec {
 }
 
 impl DomainSpec {
-    /// The bytes that this domain takes from its host: its target, in whole MiB. Until there is ballooning a
-    /// domain is as large as its target from its start to its end.
+    /// The bytes that this domain takes from its host when it begins, in whole MiB: all it may ever have. Nobody can
+    /// make a guest stay below that before it has a balloon driver that runs; what it gives back is free again.
     pub fn memory(&self) -> u64 {
-        let bytes = if self.memory_target > 0 { self.memory_target } else { self.memory_static_max };
-        bytes.div_ceil(MIB) * MIB
+        whole(self.memory_static_max.max(self.memory_target))
+    }
+
+    /// The bytes that it should have, in whole MiB.
+    pub fn target(&self) -> u64 {
+        if self.memory_target > 0 { whole(self.memory_target) } else { self.memory() }
     }
 
     /// Whether a domain of this spec is the same machine as one of `other`, whatever the decision that started it.
     pub fn same_machine(&self, other: &Self) -> bool {
-        *self == Self { generation: self.generation, ..other.clone() }
+        self.comparable() == other.comparable()
     }
+
+    /// Disks come and go, so their order says nothing.
+    fn comparable(&self) -> Self {
+        let mut spec = Self { generation: 0, ..self.clone() };
+        spec.disks.sort_by(|one, other| (&one.vbd, &one.device).cmp(&(&other.vbd, &other.device)));
+        spec
+    }
+}
+
+fn whole(bytes: u64) -> u64 {
+    bytes.div_ceil(MIB).saturating_mul(MIB)
 }
 
 /// What follows when a guest ends by itself.
@@ -101,6 +116,25 @@ pub struct Disk {
     pub sharable: bool,
     /// The firmware may boot from it.
     pub bootable: bool,
+}
+
+impl Disk {
+    /// Puts another image into it, or none.
+    #[must_use]
+    pub fn with(&self, medium: Option<&Medium>) -> Self {
+        let medium = medium.cloned().unwrap_or_default();
+        Self { path: medium.path, format: medium.format, ..self.clone() }
+    }
+}
+
+/// An image for a CD drive.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Medium {
+    /// File or block device.
+    pub path: String,
+    /// What its bytes mean.
+    pub format: ImageFormat,
 }
 
 /// What the bytes of an image mean. It is told, never guessed from the content, which is the guest's.
@@ -186,6 +220,9 @@ pub struct DomainState {
     pub domid: i64,
     /// Bytes it holds.
     pub memory_actual: u64,
+    /// Bytes it was last told to hold. Until it does, the host keeps the larger of the two for it.
+    #[serde(default)]
+    pub memory_target: u64,
     /// Unix seconds of its start or last reboot.
     pub start_time: u64,
     /// The operation that brought it to this state; empty: it came by itself.
@@ -196,9 +233,40 @@ pub struct DomainState {
     pub consoles: Vec<Console>,
     /// Log index of the decision that started it.
     pub generation: u64,
+    /// What the guest says of itself; none until it says something.
+    #[serde(default)]
+    pub guest: Option<GuestMetrics>,
+    /// The VBDs that are plugged.
+    #[serde(default)]
+    pub disks: Vec<String>,
+}
+
+/// What the guest says of itself. It is the guest's word: bounded, and good for showing.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuestMetrics {
+    /// "name", "uname", "distro", "major", "minor".
+    pub os_version: BTreeMap<String, String>,
+    /// Version of its agent: "major", "minor", "micro", "build".
+    pub pv_drivers_version: BTreeMap<String, String>,
+    /// Addresses: "0/ip", "0/ipv4/0", "0/ipv6/0".
+    pub networks: BTreeMap<String, String>,
+    /// What it can do, such as "feature-shutdown".
+    pub other: BTreeMap<String, String>,
+    /// Its agent answers.
+    pub agent_live: bool,
+    /// Its balloon driver answers.
+    pub can_balloon: bool,
+    /// It takes and gives disks while it runs.
+    pub can_plug_disks: bool,
 }
 
 impl DomainState {
+    /// The bytes that the host keeps for it.
+    pub fn taken(&self) -> u64 {
+        self.memory_actual.max(self.memory_target)
+    }
+
     /// The state of a VM without a domain.
     pub fn halted(vm: Uuid, by: &str, reason: &str) -> Self {
         Self {
@@ -206,11 +274,14 @@ impl DomainState {
             power: Power::Halted,
             domid: -1,
             memory_actual: 0,
+            memory_target: 0,
             start_time: 0,
             last_operation: by.to_owned(),
             reason: reason.to_owned(),
             consoles: Vec::new(),
             generation: 0,
+            guest: None,
+            disks: Vec::new(),
         }
     }
 
@@ -236,11 +307,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_domain_takes_its_target_in_whole_mebibytes() {
+    fn a_domain_takes_all_it_may_have_until_its_guest_gives_some_back() {
         let spec = DomainSpec { memory_static_max: 100 * MIB, ..DomainSpec::default() };
-        assert_eq!(spec.memory(), 100 * MIB);
+        assert_eq!((spec.memory(), spec.target()), (100 * MIB, 100 * MIB));
         let spec = DomainSpec { memory_target: 64 * MIB + 1, ..spec };
-        assert_eq!(spec.memory(), 65 * MIB);
+        assert_eq!((spec.memory(), spec.target()), (100 * MIB, 65 * MIB));
+        let state = DomainState::halted(spec.vm, "", "");
+        let state = DomainState { memory_actual: spec.memory(), memory_target: spec.target(), ..state };
+        assert_eq!(state.taken(), 100 * MIB);
+        assert_eq!(DomainState { memory_actual: 64 * MIB, ..state }.taken(), 65 * MIB);
     }
 
     #[test]

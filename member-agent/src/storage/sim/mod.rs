@@ -40,6 +40,9 @@ struct Kept {
     read_only: bool,
     parent: String,
     kind: String,
+    /// The domain that was suspended to it, in the simulated hypervisor's words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    suspended: Option<serde_json::Value>,
 }
 
 impl Kept {
@@ -99,11 +102,7 @@ impl Sim {
     }
 
     fn kept(&self, location: &str) -> Result<Kept, Refusal> {
-        match fs::read(self.path(location)?) {
-            Ok(text) => serde_json::from_slice(&text).map_err(|error| Refusal::new(Reason::Damaged, error.to_string())),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Refusal::new(Reason::NoSuchVolume, location)),
-            Err(error) => Err(Refusal::failed(error)),
-        }
+        read(&self.path(location)?)
     }
 
     fn keep(&self, location: &str, kept: &Kept) -> Result<VolumeState, Refusal> {
@@ -140,6 +139,17 @@ impl Sim {
             Some(user) => Err(Refusal::new(Reason::InUse, format!("the VM {} has it open", user.vm))),
             None => Ok(()),
         }
+    }
+}
+
+fn read(path: &Path) -> Result<Kept, Refusal> {
+    match fs::read(path) {
+        Ok(text) => serde_json::from_slice(&text).map_err(|error| Refusal::new(Reason::Damaged, error.to_string())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let location = path.file_stem().unwrap_or_default().to_string_lossy();
+            Err(Refusal::new(Reason::NoSuchVolume, location))
+        }
+        Err(error) => Err(Refusal::failed(error)),
     }
 }
 
@@ -218,6 +228,7 @@ impl Store for Sim {
             read_only: false,
             parent: String::new(),
             kind: new.kind.clone(),
+            suspended: None,
         };
         self.keep(&location, &kept)
     }
@@ -248,6 +259,7 @@ impl Store for Sim {
             read_only: false,
             parent: String::new(),
             kind: from.kind.clone(),
+            suspended: read(&source.opened.source.path).ok().and_then(|from| from.suspended),
         };
         self.keep(&location, &kept)
     }
