@@ -9,171 +9,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use common::store::*;
 use common::*;
 use member_agent::StoreChoice;
 use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 use proto::agent::*;
 use uuid::Uuid;
-
-/// A host with one store.
-struct Place {
-    host: Host,
-    client: Client,
-    store: Store,
-}
-
-type Did = Result<outcome::Result, Refusal>;
-
-impl Place {
-    /// A store of a driver that has to have a directory, in one of the host's own.
-    async fn of(driver: &str) -> Self {
-        let choice = if driver == "sim" { StoreChoice::Sim } else { StoreChoice::Real };
-        let host = Host::start_with("sim", |config| config.stores = choice).await;
-        let driver = if driver == "sim" { "file" } else { driver };
-        let config = HashMap::from([("location".to_owned(), "local".to_owned())]);
-        Self::on(host, driver, config).await
-    }
-
-    async fn on(host: Host, driver: &str, device_config: HashMap<String, String>) -> Self {
-        let client = host.client().await;
-        let store = Store { sr: Uuid::new_v4().to_string(), driver: driver.to_owned(), device_config };
-        Self { host, client, store }
-    }
-
-    async fn step_as(&mut self, operation: &str, number: u32, action: Action) -> Did {
-        let step = Step {
-            pool: POOL.to_owned(),
-            epoch: self.client.epoch,
-            operation: operation.to_owned(),
-            vm: self.store.sr.clone(),
-            traceparent: String::new(),
-            number,
-            action: Some(action),
-        };
-        match self.client.calls.perform(step).await.expect("call").into_inner().result.expect("outcome") {
-            outcome::Result::Refusal(refusal) => Err(refusal),
-            done => Ok(done),
-        }
-    }
-
-    async fn step(&mut self, action: Action) -> Did {
-        self.step_as(&operation(), 0, action).await
-    }
-
-    async fn store_step(&mut self, action: Action) -> Result<StoreState, Refusal> {
-        self.step(action).await.map(|done| match done {
-            outcome::Result::Store(state) => state,
-            other => panic!("a store, not {other:?}"),
-        })
-    }
-
-    async fn volume_step(&mut self, action: Action) -> Result<VolumeState, Refusal> {
-        self.step(action).await.map(|done| match done {
-            outcome::Result::Volume(state) => state,
-            other => panic!("a volume, not {other:?}"),
-        })
-    }
-
-    fn volume(&self, vdi: Uuid) -> Option<VolumeRef> {
-        Some(VolumeRef { store: Some(self.store.clone()), vdi: vdi.to_string(), location: String::new() })
-    }
-
-    fn attach(&self) -> Action {
-        Action::AttachStore(AttachStore { store: Some(self.store.clone()) })
-    }
-
-    fn create_of(&self, vdi: Uuid, virtual_size: u64, kind: &str) -> Action {
-        Action::CreateVolume(CreateVolume {
-            volume: self.volume(vdi),
-            virtual_size,
-            kind: kind.to_owned(),
-            sm_config: HashMap::new(),
-        })
-    }
-
-    fn destroy(&self, vdi: Uuid) -> Action {
-        Action::DestroyVolume(DestroyVolume { volume: self.volume(vdi) })
-    }
-
-    fn snapshot(&self, vdi: Uuid, into: Uuid) -> Action {
-        Action::SnapshotVolume(SnapshotVolume { volume: self.volume(vdi), into: into.to_string() })
-    }
-
-    fn clone_of(&self, vdi: Uuid, into: Uuid) -> Action {
-        Action::CloneVolume(CloneVolume { volume: self.volume(vdi), into: into.to_string() })
-    }
-
-    fn resize(&self, vdi: Uuid, virtual_size: u64) -> Action {
-        Action::ResizeVolume(ResizeVolume { volume: self.volume(vdi), virtual_size })
-    }
-
-    fn copy(&self, from: Uuid, into: Uuid) -> Action {
-        Action::CopyVolume(CopyVolume { from: self.volume(from), into: self.volume(into), base: None })
-    }
-
-    fn revert(&self, vdi: Uuid, snapshot: Uuid) -> Action {
-        Action::RevertVolume(RevertVolume { volume: self.volume(vdi), snapshot: self.volume(snapshot) })
-    }
-
-    async fn made(&mut self, size: u64) -> Uuid {
-        let vdi = Uuid::new_v4();
-        let create = self.create_of(vdi, size, "user");
-        self.volume_step(create).await.expect("made");
-        vdi
-    }
-
-    async fn scan(&mut self) -> StoreState {
-        let scan = Action::ScanStore(ScanStore { store: Some(self.store.clone()), known: Vec::new() });
-        self.store_step(scan).await.expect("scan")
-    }
-
-    async fn vdis(&mut self) -> BTreeSet<String> {
-        self.scan().await.volumes.into_iter().map(|volume| volume.vdi).collect()
-    }
-
-    /// Where the images are.
-    fn dir(&self) -> PathBuf {
-        self.host.config.state_dir.join("storage/local").join(&self.store.sr)
-    }
-
-    fn path(&self, vdi: Uuid) -> PathBuf {
-        self.dir().join(format!("{vdi}.qcow2"))
-    }
-
-    fn write(&self, vdi: Uuid, pattern: u8, range: &str) {
-        let command = format!("write -P {pattern} {range}");
-        ran(Command::new("qemu-io").args(["-f", "qcow2", "-c", &command]).arg(self.path(vdi)));
-    }
-
-    fn reads(&self, vdi: Uuid, pattern: u8, range: &str) -> bool {
-        let command = format!("read -P {pattern} {range}");
-        !ran(Command::new("qemu-io").args(["-r", "-f", "qcow2", "-c", &command]).arg(self.path(vdi)))
-            .contains("verification failed")
-    }
-
-    fn images(&self) -> Vec<PathBuf> {
-        let entries = fs::read_dir(self.dir()).expect("list").filter_map(Result::ok).map(|entry| entry.path());
-        entries.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("image-")).collect()
-    }
-
-    fn all_clean(&self) {
-        for image in self.images().iter().filter(|image| image.extension().is_some_and(|it| it == "qcow2")) {
-            ran(Command::new("qemu-img").arg("check").arg(image));
-        }
-    }
-}
-
-fn ran(command: &mut Command) -> String {
-    let output = command.output().expect("runs");
-    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success(), "{command:?}: {said}");
-    said
-}
-
-fn why<T: std::fmt::Debug>(did: Result<T, Refusal>) -> Reason {
-    did.expect_err("refused").reason()
-}
 
 macro_rules! for_each_driver {
     ($($promise:ident),+ $(,)?) => {
@@ -636,4 +478,174 @@ async fn a_device_is_formatted_mounted_known_again_and_let_go_of() {
     assert!(!mounts.contains(&place.store.sr), "{mounts}");
     assert_eq!(place.vdis().await, [vdi.to_string()].into());
     place.store_step(detach).await.expect("let go of");
+}
+
+/// Programs of ours in the place of the machine's.
+fn programs(host: &mut Host, scripts: &[(&str, &str)]) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = host.dir.path().join("programs");
+    fs::create_dir_all(&dir).unwrap();
+    for (name, script) in scripts {
+        fs::write(dir.join(name), format!("#!/bin/sh\n{script}")).unwrap();
+        fs::set_permissions(dir.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    host.config.programs = Some(dir.clone());
+    dir
+}
+
+/// There is no NFS server here. A directory takes its place, and all but the mount itself is real.
+#[tokio::test]
+async fn an_export_is_mounted_for_its_store_and_unmounted_after_it() {
+    let mut host = Host::without_agent("sim", |config| config.stores = StoreChoice::Real);
+    let export = host.dir.path().join("export");
+    let Some(_small) = Small::mount(&export, "16m") else { return };
+    let script = format!(
+        "echo \"$@\" >> {0}/asked\n[ \"$4\" = ok ] && exit 1\nfor point; do :; done\nexec /bin/mount --bind {1} \"$point\"",
+        host.dir.path().display(),
+        export.display()
+    );
+    programs(&mut host, &[("mount", &script)]);
+    host.start_agent().await;
+    let config = [("server", "10.0.0.7"), ("serverpath", "/srv/vms"), ("nfsversion", "4.1")];
+    let config = config.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    let mut place = Place::on(host, "nfs", config).await;
+    let store = Some(place.store.clone());
+    let mounted =
+        || fs::read_to_string("/proc/self/mounts").unwrap().contains(&format!("mounts/{}", store.as_ref().unwrap().sr));
+    let attach = place.attach();
+    let refusal = place.store_step(attach.clone()).await.expect_err("there is no such store yet");
+    assert_eq!(refusal.reason(), Reason::NoSuchStore);
+    assert!(refusal.detail.contains("10.0.0.7:/srv/vms") && !mounted(), "{refusal:?}");
+    place.store_step(Action::CreateStore(CreateStore { store: store.clone(), physical_size: 0 })).await.expect("made");
+    let probed =
+        place.store_step(Action::ProbeStore(ProbeStore { store: store.clone() })).await.expect("probed").probed;
+    assert_eq!((probed.len(), probed[0].sr.as_str()), (1, place.store.sr.as_str()));
+    assert!(!mounted());
+    assert_eq!(place.store_step(attach).await.expect("attached").physical_size, 16 * MIB);
+    place.made(8 * MIB).await;
+    assert!(mounted() && export.join(&place.store.sr).is_dir());
+    place.store_step(Action::DetachStore(DetachStore { store: store.clone() })).await.expect("let go of");
+    assert!(!mounted());
+    let asked = fs::read_to_string(place.host.dir.path().join("asked")).unwrap();
+    assert!(
+        asked.lines().all(|line| line.starts_with("-t nfs -o soft,") && line.contains(",vers=4.1 10.0.0.7:/srv/vms /"))
+    );
+    for (key, value) in [("server", "a,b"), ("serverpath", "srv"), ("nfsversion", "5"), ("server", "")] {
+        let mut other = place.store.clone();
+        other.device_config.insert(key.to_owned(), value.to_owned());
+        let refusal = place.store_step(Action::AttachStore(AttachStore { store: Some(other) })).await.expect_err(value);
+        assert_eq!(refusal.reason(), Reason::BadConfig);
+        assert!(refusal.detail.starts_with(key), "{refusal:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_export_that_cannot_be_mounted_is_no_store_and_says_what_mount_said() {
+    let mut host = Host::without_agent("sim", |config| config.stores = StoreChoice::Real);
+    programs(&mut host, &[("mount", "echo 'mount.nfs: Connection refused' >&2; exit 32")]);
+    host.start_agent().await;
+    let config = [("server", "10.0.0.7"), ("serverpath", "/srv/vms")];
+    let config = config.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    let mut place = Place::on(host, "nfs", config).await;
+    let attach = place.attach();
+    let refusal = place.store_step(attach).await.expect_err("no server");
+    assert_eq!(refusal.reason(), Reason::NoSuchStore);
+    assert!(refusal.detail.contains("Connection refused"), "{refusal:?}");
+}
+
+/// A volume group of files: name, size and permission. It knows the words that the driver uses, as LVM's manuals have
+/// them, and nothing else.
+const VOLUME_GROUP: &str = r#"
+cd "$(dirname "$0")" && mkdir -p group && me=$(basename "$0")
+echo "$me $*" >> said
+value() { want=$1; shift; while [ $# -gt 1 ]; do [ "$1" = "$want" ] && { echo "$2"; return; }; shift; done; }
+for last; do :; done; lv=${last##*/}; name=$(value -n "$@")
+case $me in
+  vgcreate) touch group/.made ;;
+  vgremove) rm -rf group ;;
+  pvs) [ -e group/.made ] && echo "  $(cat named)" || true ;;
+  pvcreate|pvremove|vgchange|lvchange) ;;
+  lvcreate) case "$*" in
+      *thin-pool*) echo "${last}" > named; echo "1000000000 rw" > group/pool ;;
+      *--thinpool*) size=$(value -V "$@"); echo "${size%b} rw" > "group/$name" ;;
+      *) read -r size _ < "group/$lv" && echo "$size $(value -p "$@")" > "group/$name" ;;
+    esac ;;
+  lvresize) size=$(value -L "$@"); read -r _ mode < "group/$lv" && echo "${size%b} $mode" > "group/$lv" ;;
+  lvrename) shift 2; mv "group/$1" "group/$2" ;;
+  lvremove) rm "group/$lv" ;;
+  lvs) [ -e group/.made ] || { echo "  Volume group \"$last\" not found" >&2; exit 5; }
+    printf '{"report":[{"lv":['; comma=
+    for file in group/*; do read -r size mode < "$file"
+      [ "$mode" = r ] && attr=Vri-a-tz-- || attr=Vwi-a-tz--
+      printf '%s{"lv_name":"%s","lv_size":"%s","lv_attr":"%s","data_percent":"10.00","origin":""}' "$comma" "${file##*/}" "$size" "$attr"; comma=,
+    done; echo ']}]}' ;;
+  *) echo "unknown: $me" >&2; exit 1 ;;
+esac
+"#;
+
+/// This kernel has no device mapper: what is said to LVM, and what comes of its answers, is all that can be tried.
+#[tokio::test]
+async fn volumes_of_a_volume_group_come_from_its_pool_and_go_back_by_their_names() {
+    let mut host = Host::without_agent("sim", |config| config.stores = StoreChoice::Real);
+    let names = ["pvcreate", "vgcreate", "lvcreate", "lvs", "pvs", "lvresize", "lvrename", "lvremove", "vgchange"];
+    let more = ["lvchange", "vgremove", "pvremove"];
+    let scripts: Vec<_> = names.into_iter().chain(more).map(|name| (name, VOLUME_GROUP)).collect();
+    let dir = programs(&mut host, &scripts);
+    host.start_agent().await;
+    let config = HashMap::from([("device".to_owned(), "/dev/sdx,/dev/sdy".to_owned())]);
+    let mut place = Place::on(host, "lvm", config).await;
+    let store = Some(place.store.clone());
+    let attach = place.attach();
+    assert_eq!(why(place.store_step(attach.clone()).await), Reason::NoSuchStore);
+    place.store_step(Action::CreateStore(CreateStore { store: store.clone(), physical_size: 0 })).await.expect("made");
+    let probed =
+        place.store_step(Action::ProbeStore(ProbeStore { store: store.clone() })).await.expect("probed").probed;
+    assert_eq!(probed[0].sr, place.store.sr);
+    let sizes = place.store_step(attach).await.expect("attached");
+    assert_eq!((sizes.physical_size, sizes.physical_utilisation), (1_000_000_000, 100_000_000));
+    let vdi = place.made(8 * MIB).await;
+    let (snapshot, clone) = (Uuid::new_v4(), Uuid::new_v4());
+    let step = place.snapshot(vdi, snapshot);
+    assert!(place.volume_step(step).await.expect("snapshot").read_only);
+    let step = place.clone_of(vdi, clone);
+    assert!(!place.volume_step(step).await.expect("clone").read_only);
+    let step = place.resize(vdi, 16 * MIB);
+    assert_eq!(place.volume_step(step).await.expect("grown").virtual_size, 16 * MIB);
+    let step = place.revert(vdi, snapshot);
+    assert_eq!(place.volume_step(step).await.expect("goes back").virtual_size, 8 * MIB);
+    // Died on the way back: the old name is put aside, and the new one is there or not.
+    fs::rename(dir.join(format!("group/{vdi}")), dir.join(format!("group/old-{vdi}"))).unwrap();
+    assert!(place.vdis().await.contains(&vdi.to_string()));
+    fs::rename(dir.join(format!("group/{vdi}")), dir.join(format!("group/old-{vdi}"))).unwrap();
+    fs::copy(dir.join(format!("group/{clone}")), dir.join(format!("group/new-{vdi}"))).unwrap();
+    assert_eq!(place.vdis().await, [vdi, snapshot, clone].map(|vdi| vdi.to_string()).into());
+    let left = fs::read_dir(dir.join("group")).unwrap().filter_map(Result::ok).map(|entry| entry.file_name());
+    assert!(left.into_iter().all(|name| !name.to_string_lossy().contains(&format!("-{vdi}"))));
+    for vdi in [vdi, snapshot, clone] {
+        let step = place.destroy(vdi);
+        place.volume_step(step).await.expect("gone");
+    }
+    place.store_step(Action::DestroyStore(DestroyStore { store })).await.expect("destroyed");
+    let said = fs::read_to_string(dir.join("said")).unwrap();
+    assert!(said.contains("pvcreate -q -y -ff /dev/sdx /dev/sdy\n"), "{said}");
+    assert!(
+        said.contains(&format!("lvcreate -q -y -s -kn -p r -n {snapshot} xenith-{}/{vdi}\n", place.store.sr)),
+        "{said}"
+    );
+}
+
+#[tokio::test]
+async fn simulated_stores_fail_and_are_full_on_order() {
+    let mut place = Place::of("sim").await;
+    place.store.device_config.insert("physical_size".to_owned(), (20 * MIB).to_string());
+    let vdi = place.made(8 * MIB).await;
+    let create = place.create_of(Uuid::new_v4(), 16 * MIB, "user");
+    let refusal = place.volume_step(create).await.expect_err("full");
+    assert_eq!((refusal.reason(), refusal.needed, refusal.available), (Reason::NoSpace, 16 * MIB, 12 * MIB));
+    place.host.order("[[fail_next]]\nstep = \"snapshot_volume\"\nreason = \"failed\"\ndetail = \"on order\"\n");
+    let step = place.snapshot(vdi, Uuid::new_v4());
+    let refusal = place.volume_step(step.clone()).await.expect_err("on order");
+    assert_eq!((refusal.reason(), refusal.detail.as_str()), (Reason::Failed, "on order"));
+    let step = place.snapshot(vdi, Uuid::new_v4());
+    place.volume_step(step).await.expect("only once");
 }
