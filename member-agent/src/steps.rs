@@ -206,10 +206,9 @@ impl Steps {
                     Some(volume) => Some(self.open_volume(volume, access).await?),
                     None => None,
                 };
-                let medium = image.as_ref().map(|it| Medium {
-                    path: it.source.path.display().to_string(),
-                    format: it.source.format,
-                });
+                let medium = image
+                    .as_ref()
+                    .map(|it| Medium { path: it.source.path.display().to_string(), format: it.source.format });
                 self.hypervisor.change_medium(vm, &vbd, medium, by).await
             }
             Deed::Store(deed) => return self.store_step(deed, again).await,

@@ -11,7 +11,8 @@ use uuid::Uuid;
 mod stores;
 
 use crate::hypervisor::domain::{
-    Action, Console, Disk, DomainSpec, DomainState, GuestMetrics, ImageFormat, Power, Reason, Reboot, Refusal, StepKind, Vif,
+    Action, Console, Disk, DomainSpec, DomainState, GuestMetrics, ImageFormat, Power, Reason, Reboot, Refusal,
+    StepKind, Vif,
 };
 
 use crate::hypervisor::Unplug;

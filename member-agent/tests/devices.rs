@@ -374,7 +374,10 @@ async fn memory_is_asked_for_within_what_a_domain_was_built_for(driver: &str) {
     becomes(&mut changes, &bare, vm, metrics).await;
     let guest = bare.state(vm).and_then(|state| state.guest).expect("metrics");
     if driver == "qemu" {
-        assert_eq!((guest.networks["0/ip"].as_str(), guest.os_version["distro"].as_str()), ("10.0.2.15", "xenith-guest"));
+        assert_eq!(
+            (guest.networks["0/ip"].as_str(), guest.os_version["distro"].as_str()),
+            ("10.0.2.15", "xenith-guest")
+        );
         assert!(guest.os_version["uname"].contains("cloud-amd64") && guest.pv_drivers_version.len() == 4);
         assert_eq!(bare.send_sysrq(vm, 'h', "").await.expect("pressed").power, Power::Running);
         eventually("the kernel hears SysRq", || bare.host.console(vm).contains("sysrq: HELP")).await;
@@ -428,7 +431,13 @@ async fn a_disk_in_use_goes_over_to_another_image(driver: &str) {
         }
         if driver == "qemu" {
             let mark = base.file_stem().unwrap().to_str().unwrap();
-            bare.host.guest_says(vm, &format!("printf {mark} | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null; echo ok"), "ok").await;
+            bare.host
+                .guest_says(
+                    vm,
+                    &format!("printf {mark} | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null; echo ok"),
+                    "ok",
+                )
+                .await;
         }
     }
     bare.resize_disk(vm, "one", 8 * MIB).await.expect("grows");
@@ -457,7 +466,8 @@ async fn a_disk_in_use_goes_over_to_another_image(driver: &str) {
 async fn disks_are_known_to_the_next_agent(driver: &str) {
     let mut bare = Bare::start(driver).await;
     let vm = Uuid::new_v4();
-    let (one, volume, disc) = (bare.file("one.raw", MIB), bare.thin("volume.qcow2", MIB, None), bare.file("disc.iso", MIB));
+    let (one, volume, disc) =
+        (bare.file("one.raw", MIB), bare.thin("volume.qcow2", MIB, None), bare.file("disc.iso", MIB));
     let machine = DomainSpec { disks: vec![disk("one", "xvda", &one), drive("cd", Path::new(""))], ..spec(vm) };
     bare.start(machine, true, "").await.expect("starts");
     bare.plug_disk(vm, disk("two", "xvdb", &volume), "").await.expect("plugs");

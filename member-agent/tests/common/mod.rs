@@ -2,6 +2,8 @@
 //! started, which ends with the test however the test ends.
 #![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
 
+pub mod store;
+
 use std::collections::HashSet;
 use std::fs;
 use std::io::Write;

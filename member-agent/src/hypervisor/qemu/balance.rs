@@ -66,7 +66,8 @@ impl Domain {
         }
         let keys = ["alt".to_owned(), "sysrq".to_owned(), key.to_string()];
         let keys: Vec<_> = keys.iter().map(|key| json!({ "type": "qcode", "data": key })).collect();
-        self.execute("send-key", json!({ "keys": keys, "hold-time": u64::try_from(HELD.as_millis()).unwrap_or(100) })).await?;
+        self.execute("send-key", json!({ "keys": keys, "hold-time": u64::try_from(HELD.as_millis()).unwrap_or(100) }))
+            .await?;
         Ok(self.done(by, |_| {}))
     }
 
@@ -112,7 +113,8 @@ impl Domain {
 
     /// The guest has let go of a vCPU, if that is what this device was.
     pub(super) fn vcpu_went(&mut self, path: &str) {
-        let Some(mut pending) = self.take_pending(|wait| matches!(wait, Wait::Vcpus(going) if going.iter().any(|it| it == path)))
+        let Some(mut pending) =
+            self.take_pending(|wait| matches!(wait, Wait::Vcpus(going) if going.iter().any(|it| it == path)))
         else {
             return;
         };

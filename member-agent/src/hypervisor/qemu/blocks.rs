@@ -159,7 +159,8 @@ mod tests {
         let said = |text: &str| why_not_open(text).map(|refusal| refusal.reason);
         let missing = "qemu-system-x86_64: -blockdev {}: Could not open '/x.raw': No such file or directory";
         assert_eq!(said(missing), Some(Reason::NoSuchVolume));
-        let locked = "qemu-system-x86_64: -device virtio-blk-pci: Failed to get \"write\" lock\nIs another process using";
+        let locked =
+            "qemu-system-x86_64: -device virtio-blk-pci: Failed to get \"write\" lock\nIs another process using";
         assert_eq!(said(locked), Some(Reason::InUse));
         assert_eq!(said("-blockdev {}: Image is not in qcow2 format"), Some(Reason::Damaged));
         assert_eq!(said("could not open kernel file '/k': No such file or directory"), None);

@@ -268,12 +268,7 @@ impl Domain {
         Ok(())
     }
 
-    async fn switch(
-        &mut self,
-        command: &'static str,
-        power: Power,
-        by: &str,
-    ) -> Result<Option<DomainState>, Refusal> {
+    async fn switch(&mut self, command: &'static str, power: Power, by: &str) -> Result<Option<DomainState>, Refusal> {
         self.command(command).await?;
         Ok(Some(self.done(by, |state| state.power = power)))
     }

@@ -49,11 +49,8 @@ impl Domain {
         self.interview = None;
         if open {
             let end = self.shared.shutdown.child_token();
-            let interview = Interview {
-                dir: self.dir.clone(),
-                vifs: self.description.spec.vifs.clone(),
-                tell: self.tell.clone(),
-            };
+            let interview =
+                Interview { dir: self.dir.clone(), vifs: self.description.spec.vifs.clone(), tell: self.tell.clone() };
             self.interview = Some(end.clone().drop_guard());
             self.shared.tasks.spawn(interview.run(end));
         } else {
@@ -238,7 +235,8 @@ fn understand(info: &Value, os: &Value, interfaces: Value, vifs: &[Vif]) -> Gues
     metrics.pv_drivers_version = names.into_iter().map(str::to_owned).zip(numbers).collect();
 
     // The power button is heard by whoever runs an agent; the rest needs nothing of the guest.
-    for feature in ["feature-shutdown", "feature-poweroff", "feature-reboot", "feature-suspend", "feature-vcpu-hotplug"] {
+    for feature in ["feature-shutdown", "feature-poweroff", "feature-reboot", "feature-suspend", "feature-vcpu-hotplug"]
+    {
         metrics.other.insert(feature.to_owned(), "1".to_owned());
     }
     let interfaces = serde_json::from_value::<Vec<Interface>>(interfaces).unwrap_or_default();
@@ -314,7 +312,8 @@ mod tests {
             sync(question).unwrap_or_else(|| match question["execute"].as_str() {
                 Some("guest-info") => b"{\"return\": {\"version\": \"7.2.22\"}}\n".to_vec(),
                 Some("guest-get-osinfo") => {
-                    b"{\"return\": {\"pretty-name\": \"Tiny\\u001b[2J 1\", \"id\": \"tiny\", \"version-id\": \"12\"}}\n".to_vec()
+                    b"{\"return\": {\"pretty-name\": \"Tiny\\u001b[2J 1\", \"id\": \"tiny\", \"version-id\": \"12\"}}\n"
+                        .to_vec()
                 }
                 _ => {
                     let interface = json!({ "name": "eth0", "hardware-address": MAC.to_lowercase(), "ip-addresses":
@@ -344,7 +343,8 @@ mod tests {
     async fn a_guest_that_answers_with_anything_else_is_shown_with_what_is_understood() {
         let deep = hear(|question| sync(question).unwrap_or_else(|| [vec![b'['; 10_000], vec![b'\n']].concat()));
         assert!(deep.await.is_err());
-        let odd = hear(|question| sync(question).unwrap_or_else(|| b"{\"return\": [1, {\"version\": 7}, null]}\n".to_vec()));
+        let odd =
+            hear(|question| sync(question).unwrap_or_else(|| b"{\"return\": [1, {\"version\": 7}, null]}\n".to_vec()));
         let metrics = odd.await.expect("heard");
         assert!(metrics.networks.is_empty() && metrics.os_version.is_empty());
         let unknown = hear(|question| sync(question).unwrap_or_else(|| b"{\"error\": {\"desc\": \"?\"}}\n".to_vec()));

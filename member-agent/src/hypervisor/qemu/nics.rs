@@ -91,8 +91,12 @@ mod tests {
 
     #[test]
     fn a_nic_without_its_bridge_is_on_a_network_of_its_own() {
-        let vif = Vif { device: "2".into(), mac: "02:00:00:00:00:01".into(), bridge: "no-such".into(), ..Vif::default() };
-        let spec = DomainSpec { vifs: vec![vif, Vif { bridge: "../net/lo".into(), ..Vif::default() }], ..DomainSpec::default() };
+        let vif =
+            Vif { device: "2".into(), mac: "02:00:00:00:00:01".into(), bridge: "no-such".into(), ..Vif::default() };
+        let spec = DomainSpec {
+            vifs: vec![vif, Vif { bridge: "../net/lo".into(), ..Vif::default() }],
+            ..DomainSpec::default()
+        };
         let options = options(&spec, 3);
         assert_eq!(options[0].0, "user,id=net0,restrict=on");
         assert_eq!((&options[0].1["mac"], &options[0].1["addr"]), (&json!("02:00:00:00:00:01"), &json!("7")));

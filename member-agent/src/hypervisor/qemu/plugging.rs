@@ -94,7 +94,8 @@ impl Domain {
     /// The device stays as long as the guest wants, above nothing: reads give zeros, writes go nowhere, and the image is
     /// closed. What was written before is in the image.
     async fn take_image_away(&mut self, vbd: &str) -> Result<(), Refusal> {
-        let Some(top) = self.description.disk(vbd).filter(|there| !there.empty).and_then(|it| it.nodes.first().cloned())
+        let Some(top) =
+            self.description.disk(vbd).filter(|there| !there.empty).and_then(|it| it.nodes.first().cloned())
         else {
             return Ok(());
         };

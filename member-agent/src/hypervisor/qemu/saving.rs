@@ -110,7 +110,8 @@ impl Domain {
     async fn record(&self, by: &str) -> Saved {
         let (spec, state) = (&self.description.spec, self.state());
         let machine = self.execute("qom-get", json!({ "path": "/machine", "property": "type" })).await;
-        let machine = machine.ok().and_then(|it| it.as_str().and_then(|it| it.strip_suffix("-machine")).map(str::to_owned));
+        let machine =
+            machine.ok().and_then(|it| it.as_str().and_then(|it| it.strip_suffix("-machine")).map(str::to_owned));
         Saved {
             machine: machine.unwrap_or_default(),
             memory: spec.memory(),

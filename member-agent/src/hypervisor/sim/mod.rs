@@ -176,13 +176,7 @@ impl Sim {
         Ok(state)
     }
 
-    async fn build(
-        &self,
-        spec: DomainSpec,
-        paused: bool,
-        step: StepKind,
-        by: &str,
-    ) -> Result<DomainState, Refusal> {
+    async fn build(&self, spec: DomainSpec, paused: bool, step: StepKind, by: &str) -> Result<DomainState, Refusal> {
         if spec.memory() == 0 {
             return Err(Refusal::new(Reason::BootFailed, "a domain needs memory"));
         }
@@ -512,7 +506,8 @@ fn disk_of<'a>(disks: &'a mut [Disk], vbd: &str) -> Result<&'a mut Disk, Refusal
 /// What a simulated guest says of itself.
 fn metrics(spec: &DomainSpec) -> GuestMetrics {
     let map = |pairs: &[(&str, &str)]| pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
-    let features = ["feature-shutdown", "feature-poweroff", "feature-reboot", "feature-suspend", "feature-vcpu-hotplug"];
+    let features =
+        ["feature-shutdown", "feature-poweroff", "feature-reboot", "feature-suspend", "feature-vcpu-hotplug"];
     let networks = spec.vifs.iter().enumerate().map(|(position, vif)| {
         let number: usize = vif.device.parse().unwrap_or(position);
         (format!("{number}/ip"), format!("10.0.{number}.15"))
