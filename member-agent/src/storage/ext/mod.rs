@@ -114,7 +114,7 @@ pub(super) fn open(place: Place) -> Result<Arc<dyn Store>, Refusal> {
             return Err(Refusal::new(Reason::BadConfig, "device: must be an absolute path"));
         }
         Some(device) => Box::new(Device { place: place.clone(), device: PathBuf::from(device) }),
-        None => Box::new(Plain::new(place.clone())?),
+        None => Box::new(Plain::own(place.clone())?),
     };
     Ok(Directory::open(place, ground))
 }

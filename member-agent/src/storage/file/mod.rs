@@ -18,6 +18,8 @@ mod branch;
 mod contents;
 mod copy;
 mod crash;
+#[cfg(test)]
+mod crash_tests;
 mod directory;
 mod join;
 
@@ -41,18 +43,24 @@ pub(super) struct Plain {
 }
 
 impl Plain {
-    /// The directory that `device_config["location"]` names.
-    pub fn new(place: Place) -> Result<Self, Refusal> {
+    /// The directory that `device_config["location"]` names. Where the agent chooses it, each store has its own: pools
+    /// that become one bring several of the same location.
+    pub fn own(place: Place) -> Result<Self, Refusal> {
+        let mut plain = Self::named(place)?;
+        if plain.own {
+            plain.dir.push(plain.place.spec.sr.to_string());
+        }
+        Ok(plain)
+    }
+
+    /// The same directory for all stores that name it.
+    pub fn named(place: Place) -> Result<Self, Refusal> {
         let location = PathBuf::from(place.spec.needed("location")?);
         let own = location.is_relative();
         if location.components().any(|part| matches!(part, std::path::Component::ParentDir)) {
             return Err(Refusal::new(Reason::BadConfig, "location: must not have .. in it"));
         }
-        let mut dir = place.site.storage_dir.join(location);
-        if own {
-            // Pools that become one bring several stores of the same location.
-            dir.push(place.spec.sr.to_string());
-        }
+        let dir = place.site.storage_dir.join(location);
         Ok(Self { place, dir, own })
     }
 }
@@ -92,6 +100,6 @@ fn no_directory(dir: &Path) -> Refusal {
 
 /// A store in a directory.
 pub(super) fn open(place: Place) -> Result<Arc<dyn Store>, Refusal> {
-    let ground = Plain::new(place.clone())?;
+    let ground = Plain::own(place.clone())?;
     Ok(Directory::open(place, Box::new(ground)))
 }

@@ -24,7 +24,7 @@ struct Discs {
 
 /// A store of CD images.
 pub(super) fn open(place: Place) -> Result<Arc<dyn Store>, Refusal> {
-    let ground = Plain::new(place.clone())?;
+    let ground = Plain::named(place.clone())?;
     Ok(Arc::new(Discs { place, ground, dir: parking_lot::Mutex::default() }))
 }
 
