@@ -9,6 +9,7 @@ use raft_store::{CommitError, Conflict, Row};
 
 use crate::call::{Call, Reply};
 use crate::failure::{Failure, Served, refuse};
+use crate::operations::refresh;
 use crate::repeats::Stage;
 
 pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Served<Reply> {
@@ -76,7 +77,8 @@ pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Se
     })
 }
 
-async fn written(call: &Call, change: raft_store::Transaction) -> Served<Reply> {
+async fn written(call: &Call, mut change: raft_store::Transaction) -> Served<Reply> {
+    refresh(&call.state, &mut change);
     call.commit(change).await?;
     Ok(Reply::Value(Value::Void))
 }
@@ -113,6 +115,7 @@ async fn add_to_map(call: &Call, class: ClassId, field: u16, this: &Value, key: 
         key.clone(),
         value,
     );
+    refresh(&call.state, &mut change);
     // The conflict is the check: two clients that add the same key cannot both win.
     match call.commit_as(change, Stage::Done(Value::Void)).await {
         Ok(_) => Ok(Reply::Value(Value::Void)),
@@ -156,6 +159,21 @@ pub(crate) fn insert(
     }
     change.insert_values(class, reference, fields);
     Ok(reference)
+}
+
+/// The fields that a client chooses for a new object, for work that makes it later. What they refer to must exist.
+pub(crate) fn chosen(call: &Call, class: ClassId, record: Value) -> Served<Vec<(u16, Value)>> {
+    let def = class.def();
+    let members = if let Value::Record(members) = record { members.into_vec() } else { Vec::new() };
+    check_members(def, &members)?;
+    let chooses = |index: &u16| def.field_def(*index).is_some_and(|field| field.qualifier != Qualifier::Runtime);
+    let fields: Vec<(u16, Value)> =
+        members.into_iter().filter_map(|(name, value)| Some((def.field(&name).filter(chooses)?, value))).collect();
+    let mut nothing = call.transaction();
+    for (index, value) in &fields {
+        expect_other_end(call, &mut nothing, def, *index, value)?;
+    }
+    Ok(fields)
 }
 
 /// A constructor's record must say everything that has no default.

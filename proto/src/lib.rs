@@ -8,6 +8,9 @@ pub mod agent {
     tonic::include_proto!("xenith.agent.v1");
 }
 
+/// How a message becomes bytes and back.
+pub use prost::Message;
+
 /// Calls that a host sends on to the master.
 pub mod forward {
     tonic::include_proto!("xenith.forward.v1");

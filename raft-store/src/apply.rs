@@ -46,6 +46,15 @@ pub(crate) fn takes_long(transaction: &Transaction) -> bool {
     replace::of(transaction).is_some() || transaction.writes.iter().any(stages)
 }
 
+/// A state as a transaction would make it, and the objects that would differ; none where it would have no effect.
+pub(crate) fn preview(state: &State, transaction: &Transaction) -> Option<(State, Dirty)> {
+    check(state, transaction).ok()?;
+    let (mut after, mut dirty) = (state.clone(), Dirty::new());
+    let index = state.applied.next();
+    write_all(&mut after, index, transaction, None, &mut dirty);
+    Some((after, dirty))
+}
+
 /// Moves the end of history; called once for each entry, after its transactions.
 pub(crate) fn trim_history(
     state: &mut State,

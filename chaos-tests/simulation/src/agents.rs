@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use controller::{Agent, AgentError, Agents};
+use controller::{Agent, AgentError, Agents, Performed};
 use futures::StreamExt;
 use futures::stream::{BoxStream, poll_fn};
 use parking_lot::Mutex;
@@ -14,7 +14,7 @@ use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 use proto::agent::{
     AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, PowerState, Refusal, Step,
-    WatchRequest,
+    StoreState, WatchRequest,
 };
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
@@ -30,6 +30,7 @@ pub const AGENT: Place = 100;
 const MEMORY: u64 = 64 << 30;
 /// Nobody says of a machine that it is off which comes on again so soon.
 const SOON: i64 = 1_500_000_000;
+const STORE: u64 = 1 << 40;
 /// Who is not answered for so long does not know whether the step was done.
 const LOST: Duration = Duration::from_secs(3);
 
@@ -57,13 +58,27 @@ struct Host {
     boots: u64,
     epoch: u64,
     domains: BTreeMap<String, DomainState>,
-    done: BTreeMap<String, Result<DomainState, Refusal>>,
+    done: BTreeMap<(String, u32), Result<Performed, Refusal>>,
     next_domid: i64,
     watchers: Vec<mpsc::UnboundedSender<AgentEvent>>,
 }
 
 fn refusal(reason: Reason, detail: impl ToString) -> Refusal {
     Refusal { reason: reason.into(), detail: detail.to_string(), ..Refusal::default() }
+}
+
+/// Stores are there, and empty.
+fn of_store(step: &Step) -> Option<Result<Performed, Refusal>> {
+    match step.action.as_ref()? {
+        Action::AttachStore(_) | Action::DetachStore(_) | Action::ScanStore(_) => {
+            Some(Ok(Performed::Store(StoreState {
+                sr: step.vm.clone(),
+                physical_size: STORE,
+                ..StoreState::default()
+            })))
+        }
+        _ => None,
+    }
 }
 
 impl Host {
@@ -79,13 +94,13 @@ impl Host {
         self.watchers.retain(|watcher| watcher.send(AgentEvent { event: Some(event.clone()) }).is_ok());
     }
 
-    fn perform(&mut self, step: &Step) -> Result<DomainState, Refusal> {
+    fn perform(&mut self, step: &Step) -> Result<Performed, Refusal> {
         self.admit(step.epoch)?;
-        if let Some(outcome) = self.done.get(&step.operation) {
+        if let Some(outcome) = self.done.get(&(step.operation.clone(), step.number)) {
             return outcome.clone();
         }
-        let outcome = self.act(step);
-        self.done.insert(step.operation.clone(), outcome.clone());
+        let outcome = of_store(step).unwrap_or_else(|| self.act(step).map(Performed::Domain));
+        self.done.insert((step.operation.clone(), step.number), outcome.clone());
         outcome
     }
 
@@ -265,7 +280,7 @@ impl Agent for Remote {
         }
     }
 
-    async fn perform(&self, step: Step, limit: Duration) -> Result<DomainState, AgentError> {
+    async fn perform(&self, step: Step, limit: Duration) -> Result<Performed, AgentError> {
         let takes = self.hosts.effort();
         match self.ask(takes, limit.min(takes + LOST), move |host| host.perform(&step)).await {
             None => Err(AgentError::Unknown("no answer".into())),

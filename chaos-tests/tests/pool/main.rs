@@ -10,6 +10,7 @@ mod lab;
 mod mastership;
 mod membership;
 mod stock;
+mod storage;
 mod support;
 mod vms;
 mod voters;
