@@ -5,6 +5,7 @@
 mod continuity;
 mod events;
 mod lab;
+mod lifecycle;
 mod mastership;
 mod membership;
 mod stock;
