@@ -101,7 +101,9 @@ pub(crate) async fn run(call: &Call, this: Ref<Vmss>, due: Option<Timestamp>) ->
             return refuse(errors::operation_not_allowed("it has run"));
         }
         let now = draft.call.now();
-        let at = due.map_or(now, |due| due.max(now));
+        // Snapshots are named after their run, so no two are of one second.
+        let next = Timestamp(row.get(vmss::LAST_RUN_TIME).0.saturating_add(1));
+        let at = due.unwrap_or(now).max(now).max(next);
         draft.change.expect_row(&row).set(this, vmss::LAST_RUN_TIME, at);
         draft.note(SCHEDULE, this).note(RUN, at);
         Ok(())

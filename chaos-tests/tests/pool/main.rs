@@ -7,6 +7,7 @@ mod certificates;
 mod continuity;
 mod events;
 mod lab;
+mod lifecycle;
 mod mastership;
 mod membership;
 mod stock;

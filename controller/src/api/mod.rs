@@ -3,6 +3,7 @@
 //! A new message is its line in the class's file of the data model, one line here and one function in
 //! `api/<class>.rs`.
 
+mod console;
 mod host;
 mod message;
 mod pbd;
@@ -187,6 +188,8 @@ const HANDLERS: &[(&str, Handler)] = handlers! {
     "VM.set_snapshot_schedule" => vm::settings::set_snapshot_schedule, (Vm, Vmss);
     "VM.set_ha_restart_priority" => vm::settings::set_ha_restart_priority, (Vm, String);
     "VM.set_ha_always_run" => vm::settings::set_ha_always_run, (Vm, bool);
+    "console.create" => console::create, (Value);
+    "console.destroy" => console::destroy, (Ref<datamodel::Console>);
     "VM_appliance.create" => vm_appliance::create, (Value);
     "VM_appliance.destroy" => vm_appliance::destroy, (Appliance);
     "VM_appliance.start" => vm_appliance::start, (Appliance, bool);

@@ -121,6 +121,8 @@ impl Agent for Obedient {
                 | Action::Keys(_),
             ) => (PowerState::Running, 7),
             Some(Action::Pause(_)) => (PowerState::Paused, 7),
+            // Its domain was paused before.
+            Some(Action::Suspend(suspend)) if suspend.keep_running => (PowerState::Paused, 7),
             _ => (PowerState::Halted, -1),
         };
         Ok(Performed::Domain(DomainState {

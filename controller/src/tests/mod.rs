@@ -19,6 +19,7 @@ mod storage;
 mod storage_faults;
 mod storage_rules;
 mod stores;
+mod suspended;
 mod tasks;
 
 use std::sync::Arc;
