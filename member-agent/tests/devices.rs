@@ -259,7 +259,9 @@ async fn a_suspended_domain_is_gone_and_comes_back_as_the_machine_it_was(driver:
     bare.unplug_disk(vm, "one", GENTLY, "").await.expect("lets go");
     bare.set_vcpus(vm, 2, "").await.expect("another vCPU");
     let seconds = if driver == "qemu" {
-        drop(bare.host.type_at(vm, "COUNT=kept").await);
+        let line = bare.host.type_at(vm, "COUNT=kept; echo [$(echo counts)]").await;
+        eventually("the shell counts", || bare.host.console(vm).contains("[counts]")).await;
+        drop(line);
         bare.host.guest_says(vm, "nproc", "2").await;
         last_beat(&bare.host.console(vm))
     } else {

@@ -177,7 +177,7 @@ impl Host {
         for round in 0.. {
             assert!(Instant::now() < deadline, "{command:?} does not say {expected:?}: {}", self.console(vm));
             // Between marks, so that neither the echo nor heartbeats are taken for the answer.
-            drop(self.type_at(vm, &format!("echo [$(echo {round}) $({command})]")).await);
+            let _line = self.type_at(vm, &format!("echo [$(echo {round}) $({command})]")).await;
             let mark = format!("[{round} ");
             eventually("an answer of the guest", || self.console(vm).contains(&mark)).await;
             tokio::time::sleep(Duration::from_millis(100)).await;
