@@ -177,7 +177,7 @@ async fn each_vm(shared: &Arc<Shared>, journal: &Journal) -> Served<()> {
     if failed.is_empty() { Ok(()) } else { refuse(errors::operation_partially_failed(failed.join("; "))) }
 }
 
-fn snapshots<'a>(state: &'a State, of: Ref<Vm>) -> impl Iterator<Item = &'a Arc<Row>> {
+fn snapshots(state: &State, of: Ref<Vm>) -> impl Iterator<Item = &Arc<Row>> {
     state.all::<Vm>().filter(move |row| row.get(vm::SNAPSHOT_OF) == of && row.get(vm::IS_A_SNAPSHOT))
 }
 

@@ -77,7 +77,7 @@ impl AgentCalls for Service {
         let first = first.map_err(|_| Status::deadline_exceeded("which console?"))??;
         let name = first.and_then(|first| first.console);
         let name = name.ok_or_else(|| Status::invalid_argument("the first message says which console"))?;
-        let vm = words::vm(&name.vm)?;
+        let vm = words::subject(&name.vm)?;
         let domain = self.hypervisor.roster().get(vm).ok_or_else(|| Status::not_found("no such domain"))?;
         let stream = console::connect(&domain, &name.protocol).await?;
         let (shown, told) = mpsc::channel(console::WAITING_PIECES);

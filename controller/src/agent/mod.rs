@@ -34,6 +34,7 @@ pub enum AgentError {
 }
 
 /// What a step that was done came to.
+#[allow(clippy::large_enum_variant, reason = "one at a time, on its way from an agent into a transaction")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Performed {
     /// The domain as it is after the step.

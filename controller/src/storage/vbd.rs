@@ -66,10 +66,10 @@ fn begin(draft: &mut Draft<'_>, this: Ref<Vbd>, what: Drive, medium: Ref<Vdi>) -
         }
     }
     let host_ref: Ref<Host> = vm_row.get(vm::RESIDENT_ON);
-    if what == Drive::Plug {
-        if let Some(sr_ref) = disks::out_of_reach_of(draft.state, &drive, host_ref) {
-            return refuse(errors::vm_requires_sr(vm_row.typed::<datamodel::Vm>(), sr_ref));
-        }
+    if what == Drive::Plug
+        && let Some(sr_ref) = disks::out_of_reach_of(draft.state, &drive, host_ref)
+    {
+        return refuse(errors::vm_requires_sr(vm_row.typed::<datamodel::Vm>(), sr_ref));
     }
     draft.about(vm_row.typed()).on(host_ref).note("vbd", this).note("vdi", medium);
     Ok(())

@@ -16,12 +16,11 @@ pub(super) fn point(place: &Place) -> PathBuf {
 pub(super) fn mounted(point: &Path) -> Option<String> {
     let point = fs::canonicalize(point).ok()?;
     let table = fs::read_to_string("/proc/self/mounts").ok()?;
-    let found = table.lines().rev().find_map(|line| {
+    table.lines().rev().find_map(|line| {
         let mut words = line.split(' ');
         let (source, at) = (words.next()?, words.next()?);
         (Path::new(&plain(at)) == point).then(|| plain(source))
-    });
-    found
+    })
 }
 
 /// Whether a device is mounted anywhere.

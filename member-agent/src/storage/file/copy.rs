@@ -54,7 +54,12 @@ impl Directory {
         crash::point("filled");
         if let Err(refusal) = filled {
             let path = dir.join(&part);
-            apart(move || Ok(drop(fs::remove_file(path)))).await?;
+            apart(move || {
+                // One that is not there is what is wanted.
+                let _ = fs::remove_file(path);
+                Ok(())
+            })
+            .await?;
             // What it wrote is free again, so that it can be told how much there is.
             return Err(self.with_room(refusal, source.state.physical_utilisation));
         }

@@ -57,7 +57,12 @@ impl Directory {
         let held = |left: &String| claims.iter().any(|claim| claim.held && claim.images.contains(left));
         for left in contents.leftovers.iter().filter(|left| !held(left)) {
             let path = dir.join(left);
-            apart(move || Ok(drop(fs::remove_file(path)))).await?;
+            apart(move || {
+                // One that is not there is what is wanted.
+                let _ = fs::remove_file(path);
+                Ok(())
+            })
+            .await?;
         }
         let unused = contents.unused();
         self.clear(contents, unused).await?;
