@@ -64,6 +64,9 @@ impl Directory {
                 self.make_above(&fresh, &base, now.virtual_size, snapshot, &contents),
             );
             made?;
+            if writer.is_some() {
+                self.will_be_written(&above).await?;
+            }
             crash::point("images made");
             self.name(location, &above).await?;
             crash::point("the volume goes over");

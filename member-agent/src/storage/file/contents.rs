@@ -18,6 +18,8 @@ pub(super) const IMAGE: &str = "image-";
 pub(super) const PART: &str = "part-";
 /// A link on its way to a name.
 pub(super) const LINK: &str = "link-";
+/// Beside an image that somebody opened to write: when he is gone, it may have clusters that belong to nothing.
+pub(super) const OPENED: &str = "opened-";
 /// No chain is longer; a longer one has a ring in it.
 const DEEPEST: usize = 1024;
 
@@ -43,6 +45,8 @@ pub(super) struct Contents {
     pub images: BTreeMap<String, Image>,
     /// Files that never came to be something.
     pub leftovers: Vec<String>,
+    /// Images that were opened to write since they were last looked at.
+    pub opened: Vec<String>,
 }
 
 /// The format that a file's name tells; none: no image.
@@ -56,7 +60,7 @@ fn format(name: &str) -> Option<ImageFormat> {
 
 /// A location may not lead out of its directory, nor name what is the driver's own.
 pub(super) fn checked(location: &str) -> Result<&str, Refusal> {
-    let own = [IMAGE, PART, LINK, "claim-", "."].iter().any(|own| location.starts_with(own));
+    let own = [IMAGE, PART, LINK, OPENED, "claim-", "."].iter().any(|own| location.starts_with(own));
     if location.is_empty() || location.contains('/') || location.contains('\0') || own {
         return Err(Refusal::new(Reason::NoSuchVolume, location));
     }
@@ -105,6 +109,10 @@ impl Contents {
             let Some(name) = name.to_str() else { continue };
             if name.starts_with(PART) || name.starts_with(LINK) {
                 contents.leftovers.push(name.to_owned());
+                continue;
+            }
+            if let Some(image) = name.strip_prefix(OPENED) {
+                contents.opened.push(image.to_owned());
                 continue;
             }
             let Some(format) = format(name) else { continue };

@@ -14,14 +14,14 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
-use super::contents::{Contents, IMAGE, LINK, checked};
+use super::contents::{Contents, IMAGE, LINK, OPENED, checked};
 use super::crash;
 use crate::files::{self, Durability};
 use crate::step::{ImageFormat, Reason, Refusal};
 use crate::storage::claim::{self, Claim, Found, Purpose};
 use crate::storage::lock;
 use crate::storage::program::{SHORT, apart, trouble};
-use crate::storage::words::{Access, BlockSource, NewVolume, Probed, StoreState, VolumeState};
+use crate::storage::words::{Access, NewVolume, Probed, StoreState, VolumeState};
 use crate::storage::{Opened, Place, Source, Store, User};
 
 /// How long a step waits for another one at the same images, or for the directory.
@@ -169,26 +169,6 @@ impl Directory {
     /// A domain that writes to the volume, whichever of its images.
     pub(super) fn writer(&self, chain: &[String]) -> Result<Option<User>, Refusal> {
         Ok(self.users(chain)?.into_iter().find(|user| !user.read_only))
-    }
-
-    /// Refuses what must not be done to a volume that somebody has open.
-    async fn at_rest(&self, chain: &[String]) -> Result<(), Refusal> {
-        let top: Vec<_> = chain.iter().take(1).cloned().collect();
-        let writer = self.writer(chain)?;
-        if let Some(user) = self.users(&top)?.into_iter().next().or(writer) {
-            return Err(in_use_by(&user));
-        }
-        let paths: Vec<_> =
-            chain.iter().map(|image| self.dir().map(|dir| dir.join(image))).collect::<Result<_, _>>()?;
-        apart(move || {
-            for path in paths {
-                if lock::written(&path).map_err(|error| trouble(&path, &error))? {
-                    return Err(Refusal::new(Reason::InUse, format!("{} is open elsewhere", path.display())));
-                }
-            }
-            Ok(())
-        })
-        .await
     }
 
     /// A name that no image has had.
@@ -388,7 +368,10 @@ impl Store for Directory {
                     return Err(Refusal::new(Reason::InUse, format!("{} is open elsewhere", path.display())));
                 }
             }
-            let own = |name: &str| name == MARK || name == LOCK || name.starts_with("claim-");
+            let own = |name: &str| {
+                let before = ["claim-", OPENED];
+                name == MARK || name == LOCK || before.iter().any(|before| name.starts_with(before))
+            };
             for entry in fs::read_dir(&dir).map_err(|error| trouble(&dir, &error))? {
                 let entry = entry.map_err(|error| trouble(&dir, &error))?;
                 let name = entry.file_name();
@@ -571,62 +554,7 @@ impl Store for Directory {
     }
 
     async fn open(&self, location: &str, access: Access) -> Result<Opened, Refusal> {
-        let Entered { gate, contents, chain } = self.enter(location, Wants::Open).await?;
-        let volume = contents.volume(location)?;
-        if volume.read_only && !access.read_only {
-            return Err(Refusal::new(Reason::Unsupported, format!("{location}: nobody may write to a snapshot")));
-        }
-        let top = chain.first().cloned().unwrap_or_default();
-        let format = contents.images.get(&top).map_or(ImageFormat::Qcow2, |image| image.format);
-        let sharable = access.sharable && format == ImageFormat::Raw;
-        let own = |user: &User| access.vm == Some(user.vm);
-        if !sharable && !self.users(&chain)?.iter().any(own) {
-            self.at_rest_for(&chain, access.read_only).await?;
-        }
-        let dir = self.dir()?;
-        let top = if top.starts_with(IMAGE) { top } else { self.adopt(&top, format).await? };
-        let claimed: Vec<_> = std::iter::once(top.clone()).chain(chain.into_iter().skip(1)).collect();
-        let claim = Claim::lay(&dir, Purpose::Open, &claimed).map_err(|error| trouble(&dir, &error))?;
-        drop(gate);
-        let source = BlockSource { path: dir.join(top), format, read_only: access.read_only, sharable };
-        Ok(Opened { source, _held: Some(Box::new(claim)) })
-    }
-}
-
-impl Directory {
-    /// Refuses an image that somebody writes to, and for a writer one that somebody reads.
-    async fn at_rest_for(&self, chain: &[String], read_only: bool) -> Result<(), Refusal> {
-        if !read_only {
-            return self.at_rest(chain).await;
-        }
-        if let Some(writer) = self.writer(&chain.iter().take(1).cloned().collect::<Vec<_>>())? {
-            return Err(in_use_by(&writer));
-        }
-        let Some(path) = chain.first().map(|image| self.dir().map(|dir| dir.join(image))).transpose()? else {
-            return Ok(());
-        };
-        apart(move || match lock::written(&path) {
-            Ok(false) => Ok(()),
-            Ok(true) => Err(Refusal::new(Reason::InUse, format!("{} is open elsewhere", path.display()))),
-            Err(error) => Err(trouble(&path, &error)),
-        })
-        .await
-    }
-
-    /// Makes a file that somebody put there an image of ours under the same name, so that its path does not change
-    /// while it is open.
-    pub(super) async fn adopt(&self, location: &str, format: ImageFormat) -> Result<String, Refusal> {
-        let dir = self.dir()?;
-        let image = Self::fresh(format);
-        let (from, to) = (dir.join(location), dir.join(&image));
-        apart(move || {
-            let linked = fs::hard_link(&from, &to).and_then(|()| files::sync_directory(&to));
-            linked.map_err(|error| trouble(&from, &error))
-        })
-        .await?;
-        crash::point("adopted");
-        self.name(location, &image).await?;
-        Ok(image)
+        self.open_volume(location, access).await
     }
 }
 

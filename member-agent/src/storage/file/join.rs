@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
 
-use super::contents::Contents;
+use super::contents::{Contents, OPENED};
 use super::crash;
 use super::directory::{Directory, room, same_file, sync};
 use crate::files;
-use crate::step::{Reason, Refusal};
+use crate::step::{ImageFormat, Reason, Refusal};
 use crate::storage::claim::{self, Claim, Purpose};
 use crate::storage::lock;
 use crate::storage::program::{LONG, SHORT, apart, trouble};
@@ -46,7 +46,7 @@ impl Directory {
             };
             let mut mended = true;
             for image in images {
-                if contents.images.get(&image).is_some_and(|image| image.format == crate::step::ImageFormat::Qcow2) {
+                if contents.images.get(&image).is_some_and(|image| image.format == ImageFormat::Qcow2) {
                     mended &= self.check(&image).await;
                 }
             }
@@ -63,6 +63,16 @@ impl Directory {
                 Ok(())
             })
             .await?;
+        }
+        for opened in &contents.opened {
+            let open = claims.iter().any(|claim| claim.held && claim.images.contains(opened));
+            let (path, note) = (dir.join(opened), dir.join(format!("{OPENED}{opened}")));
+            let at_rest = apart(move || Ok(!open && !lock::written(&path).unwrap_or_default())).await?;
+            let image = contents.images.get(opened).filter(|image| image.damage.is_none());
+            let qcow2 = image.is_some_and(|image| image.format == ImageFormat::Qcow2);
+            if at_rest && (!qcow2 || self.check(opened).await) {
+                apart(move || Ok(drop(fs::remove_file(note)))).await?;
+            }
         }
         let unused = contents.unused();
         self.clear(contents, unused).await?;

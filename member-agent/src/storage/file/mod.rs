@@ -9,7 +9,7 @@
 //! A snapshot makes two empty images above the volume's, and lets the volume's name point to one and the snapshot's to
 //! the other. What is below is no longer written. Each name is changed in one step by renaming a link; so a crash
 //! leaves at most images that nothing points to, which `scan` removes, or a base with one image left above it, which
-//! `scan` joins. What could be half done in its place (a larger size, two images becoming one) is claimed beforehand,
+//! `scan` joins. An image that somebody opened to write (`opened-*`) is looked at when he is gone; what could be half done in its place (a larger size, two images becoming one) is claimed beforehand,
 //! and a claim whose owner is gone is mended.
 //!
 //! Files that somebody else put there (`*.qcow2`, `*.raw`, `*.img`) are volumes as well, under their own names.
@@ -22,6 +22,7 @@ mod crash;
 mod crash_tests;
 mod directory;
 mod join;
+mod opening;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
