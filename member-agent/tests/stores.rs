@@ -504,7 +504,7 @@ fn programs(host: &mut Host, scripts: &[(&str, &str)]) -> PathBuf {
 async fn an_export_is_mounted_for_its_store_and_unmounted_after_it() {
     let mut host = Host::without_agent("sim", |config| config.stores = StoreChoice::Real);
     let export = host.dir.path().join("export");
-    let Some(_small) = Small::mount(&export, "16m") else { return };
+    let Some(small) = Small::mount(&export, "16m") else { return };
     let script = format!(
         "echo \"$@\" >> {0}/asked\n[ \"$4\" = ok ] && exit 1\nfor point; do :; done\nexec /bin/mount --bind {1} \"$point\"",
         host.dir.path().display(),
@@ -543,6 +543,8 @@ async fn an_export_is_mounted_for_its_store_and_unmounted_after_it() {
         assert_eq!(refusal.reason(), Reason::BadConfig);
         assert!(refusal.detail.starts_with(key), "{refusal:?}");
     }
+    // Before the directory that it is in.
+    drop(small);
 }
 
 #[tokio::test]
