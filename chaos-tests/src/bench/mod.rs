@@ -12,7 +12,6 @@ pub mod load;
 pub mod machine;
 pub mod pool;
 pub mod report;
-pub mod restore;
 pub mod scale;
 pub mod wire;
 
