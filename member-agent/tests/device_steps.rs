@@ -40,7 +40,8 @@ async fn disks_of_a_living_domain_are_volumes(driver: &str) {
     let mut place = place(driver).await;
     let (one, two, vm) = (place.made(MIB).await, place.made(MIB).await, Uuid::new_v4());
     let mut machine = spec(vm);
-    machine.disks = vec![Disk { vbd: "cd".into(), device: "xvdd".into(), cdrom: true, read_only: true, ..Disk::default() }];
+    machine.disks =
+        vec![Disk { vbd: "cd".into(), device: "xvdd".into(), cdrom: true, read_only: true, ..Disk::default() }];
     place.client.step(vm, start_paused(machine)).await.expect("starts");
     let (comes, by) = (plug(disk(&place, "one", "xvda", one)), operation());
     let state = place.client.step_as(&by, vm, comes.clone()).await.expect("plugs");
@@ -99,8 +100,12 @@ async fn steps_that_say_nothing_sensible_are_refused(driver: &str) {
     let mut place = place(driver).await;
     let vm = Uuid::new_v4();
     let keys = |sysrq: &str| Action::Keys(SendKeys { sysrq: sysrq.into() });
-    let steps =
-        [keys("h"), Action::Vcpus(SetVcpus { number: 1 }), Action::MemoryTarget(SetMemoryTarget { bytes: MIB }), unplug("x", true)];
+    let steps = [
+        keys("h"),
+        Action::Vcpus(SetVcpus { number: 1 }),
+        Action::MemoryTarget(SetMemoryTarget { bytes: MIB }),
+        unplug("x", true),
+    ];
     for step in steps {
         assert_eq!(reason(place.client.step(vm, step).await), Reason::NoSuchDomain);
     }
@@ -109,7 +114,14 @@ async fn steps_that_say_nothing_sensible_are_refused(driver: &str) {
     assert_eq!(reason(place.client.step(vm, Action::Vcpus(SetVcpus { number: 9 })).await), Reason::Unsupported);
     assert_eq!(reason(place.client.step(vm, medium("x", None)).await), Reason::NoSuchDisk);
     for senseless in [keys("help"), keys(""), Action::PlugDisk(PlugDisk { disk: None })] {
-        let step = Step { pool: POOL.into(), epoch: place.client.epoch, operation: operation(), vm: vm.to_string(), action: Some(senseless), ..Step::default() };
+        let step = Step {
+            pool: POOL.into(),
+            epoch: place.client.epoch,
+            operation: operation(),
+            vm: vm.to_string(),
+            action: Some(senseless),
+            ..Step::default()
+        };
         assert_eq!(place.client.calls.perform(step).await.expect_err("senseless").code(), tonic::Code::InvalidArgument);
     }
 }
