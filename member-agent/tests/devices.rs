@@ -335,7 +335,7 @@ async fn an_image_that_holds_no_suspended_domain_is_said_so_and_starts_nothing(d
         fs::write(&image, [&whole[..64 * 1024], &vec![7; 64 * 1024][..]].concat()).unwrap();
         assert_eq!(reason(bare.resume(spec(vm), &image, false, "").await), Reason::Damaged);
         // And one that ends too soon.
-        fs::write(&image, &whole[..2 << 20]).unwrap();
+        fs::write(&image, &whole[..96 * 1024]).unwrap();
         let before = fs::read(&image).unwrap();
         assert_eq!(reason(bare.resume(spec(vm), &image, false, "").await), Reason::Damaged);
         assert_eq!(fs::read(&image).unwrap(), before);

@@ -153,7 +153,11 @@ impl Domain {
                 () = at(self.pending.iter().map(Pending::next).min()) => self.on_time().await,
                 () = at(self.ending.as_ref().and_then(|ending| ending.kill)) => self.end_by_force(),
                 () = sleep_until(self.reconnect), if !connected => self.connect_again().await,
-                _ = log_check.tick() => bound_log(&self.dir),
+                _ = log_check.tick() => {
+                    bound_log(&self.dir);
+                    // What could not be undone before.
+                    self.undo_saving().await;
+                }
             }
         }
         self.finish();

@@ -425,7 +425,9 @@ impl Hypervisor for Sim {
 
     async fn unplug_disk(&self, vm: Uuid, vbd: &str, how: Unplug, by: &str) -> Result<DomainState, Refusal> {
         let state = self.living(vm, StepKind::UnplugDisk, false)?;
-        let there = state.disks.iter().any(|disk| disk == vbd);
+        let drive =
+            self.specs.lock().get_mut(&vm).is_some_and(|spec| disk_of(&mut spec.disks, vbd).is_ok_and(|it| it.cdrom));
+        let there = state.disks.iter().any(|disk| disk == vbd) && !drive;
         // A guest that stands still lets go of nothing.
         if there && !how.force && (state.power == Power::Paused || self.faults.obeys_after().is_none()) {
             sleep(how.limit).await;
