@@ -6,10 +6,10 @@ use crate::call::Call;
 use crate::failure::{Served, refuse};
 
 pub(super) async fn create(_: &Call, _: Value) -> Served<Ref<Console>> {
-    refuse(errors::not_implemented("console.create"))
+    refuse(errors::operation_not_allowed("consoles come with domains"))
 }
 
 pub(super) async fn destroy(cx: &Call, this: Ref<Console>) -> Served<()> {
     cx.row(this)?;
-    refuse(errors::not_implemented("console.destroy"))
+    refuse(errors::operation_not_allowed("consoles go with domains"))
 }
