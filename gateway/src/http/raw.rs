@@ -247,7 +247,7 @@ mod tests {
         let Judged::Tunnel(head, length) = judge(b"CONNECT /console?uuid=1 HTTP/1.0\r\nHost: x\r\n\r\n") else {
             panic!("a console is not known")
         };
-        assert_eq!((head.uri.query(), length), (Some("uuid=1"), 46));
+        assert_eq!((head.uri.query(), length), (Some("uuid=1"), 45));
         let Judged::Endless(head, length) = judge(b"PUT /import?a=b HTTP/1.0\r\nHost: x\r\n\r\nbody") else {
             panic!("a body without a length is not known")
         };
