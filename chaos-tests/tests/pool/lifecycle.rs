@@ -7,7 +7,7 @@ use chaos_tests::lab::Lab;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::support::{SOON, refusal, template, text, until};
+use crate::support::{SOON, plugged, refusal, template, text, until};
 
 /// A real guest under emulation takes its time.
 const GUEST_LIMIT: Duration = Duration::from_secs(120);
@@ -40,6 +40,7 @@ async fn speaks(client: &mut Client, vm: &str) -> Value {
 /// Suspended and resumed, checkpointed and put back, on either driver.
 async fn memory_is_kept(lab: &Lab, real: bool) {
     let mut client = client(lab).await;
+    plugged(&mut client).await;
     let vm = made(&mut client, "a memory").await;
     client.call("VM.start", json!([vm, false, false])).await.unwrap();
     if real {

@@ -7,7 +7,7 @@ use chaos_tests::client::Client;
 use chaos_tests::lab::{Lab, What};
 use serde_json::{Value, json};
 
-use crate::support::{SOON, refusal, template, text, until};
+use crate::support::{SOON, plugged, refusal, template, text, until};
 
 /// A real guest under emulation takes its time.
 const GUEST_LIMIT: Duration = Duration::from_secs(90);
@@ -23,21 +23,12 @@ impl Storage {
         let lab = Lab::up(hosts, driver).await.unwrap();
         let client = lab.client().await.unwrap().with_call_limit(GUEST_LIMIT);
         let mut it = Self { lab, client };
-        it.plugged().await;
+        plugged(&mut it.client).await;
         it
     }
 
     async fn ask(&mut self, method: &str, arguments: Value) -> Value {
         self.client.call(method, arguments).await.unwrap_or_else(|error| panic!("{method}: {error}"))
-    }
-
-    /// Waits until every host has its stores.
-    async fn plugged(&mut self) {
-        until(SOON, "every store to be plugged", async || {
-            let pbds = self.client.persist(SOON, "PBD.get_all_records", json!([])).await.unwrap();
-            pbds.as_object().unwrap().values().all(|pbd| pbd["currently_attached"] == true).then_some(())
-        })
-        .await;
     }
 
     /// The pool's default SR, and its uuid.
@@ -221,7 +212,7 @@ async fn a_host_that_boots_finds_its_stores_plugged_and_its_vms_disks_free() {
         (record["power_state"] == "Halted").then_some(())
     })
     .await;
-    it.plugged().await;
+    plugged(&mut it.client).await;
     assert_eq!(it.ask("VBD.get_currently_attached", json!([drive])).await, false);
     it.ask("VM.start_on", json!([vm, reference, false, false])).await;
     it.ask("VM.hard_shutdown", json!([vm])).await;
