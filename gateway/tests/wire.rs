@@ -534,8 +534,15 @@ fn knows_rsa_alone() -> CryptoProvider {
 }
 
 async fn over_tls(running: &Running, version: &'static SupportedProtocolVersion) -> Wire<TlsStream<TcpStream>> {
+    trusting(&running.directory.path().join("made/certificate.pem"), running, version).await
+}
+
+async fn trusting(
+    made: &Path,
+    running: &Running,
+    version: &'static SupportedProtocolVersion,
+) -> Wire<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
-    let made = running.directory.path().join("made/certificate.pem");
     roots.add(CertificateDer::from_pem_file(made).unwrap()).unwrap();
     let config = ClientConfig::builder_with_provider(Arc::new(knows_rsa_alone()))
         .with_protocol_versions(&[version])
@@ -599,7 +606,8 @@ async fn the_key_is_the_owners_alone_and_both_files_outlive_a_restart() {
     })
     .await;
     assert_eq!(read(), first);
-    assert_eq!(over_tls(&again, &TLS12).await.post("/", call("void", "")).await.status, 200);
+    let mut wire = trusting(&made.join("certificate.pem"), &again, &TLS12).await;
+    assert_eq!(wire.post("/", call("void", "")).await.status, 200);
 }
 
 #[tokio::test]

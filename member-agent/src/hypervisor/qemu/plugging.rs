@@ -74,12 +74,17 @@ impl Domain {
         if attached.disk.cdrom {
             return Err(Refusal::new(Reason::Unsupported, "a CD drive goes with its domain; only its medium changes"));
         }
-        let device = blocks::device_id(&attached.disk);
+        let (device, taken_away) = (blocks::device_id(&attached.disk), attached.empty);
         let asked = self.execute("device_del", json!({ "id": device })).await;
         if let Err(refusal) = asked
             && refusal.detail.contains("not found")
         {
             self.forget(vbd).await;
+            self.done_disks(by);
+            return Ok(None);
+        }
+        if taken_away {
+            // Its image went by force: what is left of it is the guest's to let go of.
             self.done_disks(by);
             return Ok(None);
         }

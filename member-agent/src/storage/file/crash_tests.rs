@@ -147,7 +147,9 @@ fn all_clean(dir: &Path, when: &str) {
         let output = Command::new("qemu-img").args(["check", &image]).current_dir(dir.join("store")).output();
         let output = output.expect("runs");
         let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-        assert_eq!(output.status.code(), Some(0), "{when}: {image}: {said}");
+        let leaks = if when.contains("killed") { Some(3) } else { Some(0) };
+        // A qemu-img that is killed may leave clusters that belong to nobody: room that is lost, and no harm.
+        assert!([Some(0), leaks].contains(&output.status.code()), "{when}: {image}: {said}");
     }
 }
 
