@@ -4,7 +4,10 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use datamodel::{ClassDef, ClassId, FieldDef, Filter, Implicit, Key, OpaqueRef, Qualifier, Relation, Value, errors};
+use datamodel::{
+    ClassDef, ClassId, ClassKind, FieldDef, Filter, Implicit, Key, OpaqueRef, Pool, Qualifier, Relation, Sr, Value,
+    errors,
+};
 use raft_store::{CommitError, Conflict, Row};
 
 use crate::call::{Call, Reply};
@@ -41,7 +44,7 @@ pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Se
             let reference = row(call, class, &this)?.reference;
             let mut change = call.transaction();
             change.set_value(class, reference, field, value);
-            written(call, change).await?
+            written(call, change, decides(class, field)).await?
         }
         Implicit::AddToSet(field) | Implicit::RemoveFromSet(field) => {
             let (this, value) = (next(), next());
@@ -52,7 +55,7 @@ pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Se
             } else {
                 change.remove_from_set(class, reference, field, value);
             }
-            written(call, change).await?
+            written(call, change, decides(class, field)).await?
         }
         Implicit::AddToMap(field) => {
             let (this, key, value) = (next(), next(), next());
@@ -65,20 +68,32 @@ pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Se
             if let Some(key) = Key::from_value(key) {
                 change.remove_from_map(class, reference, field, key);
             }
-            written(call, change).await?
+            written(call, change, decides(class, field)).await?
         }
         Implicit::Create => Reply::Value(Value::Ref(create(call, class, next(), Vec::new()).await?)),
         Implicit::Destroy => {
             let reference = row(call, class, &next())?.reference;
             let mut change = call.transaction();
             change.expect_exists(class, reference).delete_row(class, reference);
-            written(call, change).await?
+            written(call, change, true).await?
         }
     })
 }
 
-async fn written(call: &Call, mut change: raft_store::Transaction) -> Served<Reply> {
-    refresh(&call.state, &mut change);
+/// Whether something that may be done to an object depends on a field. Names and notes are written often and by several
+/// at once: such a write looks at nothing, and so meets nobody.
+fn decides(class: ClassId, field: u16) -> bool {
+    match class.def().field_def(field).map_or("", |field| field.name) {
+        "name_label" | "name_description" | "tags" => false,
+        "other_config" => class == Pool::ID || class == Sr::ID,
+        _ => true,
+    }
+}
+
+async fn written(call: &Call, mut change: raft_store::Transaction, looks: bool) -> Served<Reply> {
+    if looks {
+        refresh(&call.state, &mut change);
+    }
     call.commit(change).await?;
     Ok(Reply::Value(Value::Void))
 }
@@ -115,7 +130,9 @@ async fn add_to_map(call: &Call, class: ClassId, field: u16, this: &Value, key: 
         key.clone(),
         value,
     );
-    refresh(&call.state, &mut change);
+    if decides(class, field) {
+        refresh(&call.state, &mut change);
+    }
     // The conflict is the check: two clients that add the same key cannot both win.
     match call.commit_as(change, Stage::Done(Value::Void)).await {
         Ok(_) => Ok(Reply::Value(Value::Void)),

@@ -25,7 +25,7 @@ pub async fn until<T>(limit: Duration, what: &str, mut ask: impl AsyncFnMut() ->
 
 /// Waits until every host has its stores.
 pub async fn plugged(client: &mut Client) {
-    until(SOON, "every store to be plugged", async || {
+    until(3 * SOON, "every store to be plugged", async || {
         let pbds = client.persist(SOON, "PBD.get_all_records", json!([])).await.unwrap();
         pbds.as_object().unwrap().values().all(|pbd| pbd["currently_attached"] == true).then_some(())
     })

@@ -18,7 +18,7 @@ use crate::membership::is_live;
 
 const LOOK: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 1_000 });
 /// A connection that could not be plugged is tried again after this.
-const PLUG_AGAIN: Duration = Duration::from_secs(30);
+const PLUG_AGAIN: Duration = Duration::from_secs(3);
 /// A store is looked into no more often than this.
 const SCAN_EVERY: Duration = Duration::from_secs(30);
 
