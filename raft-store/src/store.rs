@@ -6,7 +6,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::raft::ReadPolicy;
 use openraft::{ServerState, SnapshotPolicy};
 use proto::raft::raft_server::RaftServer;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -21,7 +20,7 @@ use crate::leadership::{self, Announcements, Leadership};
 use crate::log::LogStore;
 use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
 use crate::offload;
-use crate::peer::{Dial, Heard, PeerFactory, PeerService, PeerTls};
+use crate::peer::{Acknowledged, Dial, Heard, PeerFactory, PeerService, PeerTls};
 use crate::planted::Planted;
 use crate::proposer::{self, Proposal, Unanswered};
 use crate::readmit;
@@ -192,7 +191,14 @@ impl Store {
         let raft_config = Arc::new(openraft::Config { enable_elect: whole, ..raft_config(&config)? });
         let (telling, losses) = mpsc::channel(readmit::WAITING);
         let formats = Formats::new(config.reads(), Arc::clone(&machine));
-        let network = PeerFactory { peers: Arc::clone(&peers), losses: telling, formats: formats.clone() };
+        let acknowledged = Acknowledged::default();
+        let network = PeerFactory {
+            peers: Arc::clone(&peers),
+            losses: telling,
+            formats: formats.clone(),
+            acknowledged: acknowledged.clone(),
+            planted: config.planted,
+        };
         let raft = Raft::new(config.node_id, raft_config, network, log, StateMachine(Arc::clone(&machine)))
             .await
             .map_err(|error| OpenError::Consensus(error.to_string()))?;
@@ -206,7 +212,7 @@ impl Store {
         let _ = service.raft.set(raft.clone());
 
         let mut tasks = JoinSet::new();
-        let lease = leadership::Lease::new(&raft, config.election.1, config.planted);
+        let lease = leadership::Lease::new(&raft, acknowledged, config.election.1, config.planted);
         let (leading, leadership) = watch::channel(Leadership::Electing);
         let (failing, stopped) = watch::channel(None);
         let tell = Announcements { leadership: leading, stopped: failing, leads };
@@ -293,10 +299,9 @@ impl Store {
         if !leading {
             return Err(self.not_leader());
         }
-        let proof = self.shared.raft.ensure_linearizable(ReadPolicy::ReadIndex);
-        match tokio::time::timeout(READ_LIMIT, proof).await {
-            Ok(Ok(_)) => Ok(self.state()),
-            Ok(Err(_)) | Err(_) => Err(self.not_leader()),
+        match tokio::time::timeout(READ_LIMIT, self.shared.lease.renewed(&self.shared.raft)).await {
+            Ok(true) => Ok(self.state()),
+            Ok(false) | Err(_) => Err(self.not_leader()),
         }
     }
 

@@ -36,6 +36,7 @@ enum Mistake {
     KeepsItsLease,
     ForgetsTombstones,
     VotesBehindItsFence,
+    BelievesOldAnswers,
     CountsLearners,
     TrustsAllClocks,
 }
@@ -48,6 +49,7 @@ impl From<Mistake> for Planted {
             Mistake::KeepsItsLease => Self::KeepsItsLease,
             Mistake::ForgetsTombstones => Self::ForgetsTombstones,
             Mistake::VotesBehindItsFence => Self::VotesBehindItsFence,
+            Mistake::BelievesOldAnswers => Self::BelievesOldAnswers,
             Mistake::CountsLearners => Self::CountsLearners,
             Mistake::TrustsAllClocks => Self::TrustsAllClocks,
         }
