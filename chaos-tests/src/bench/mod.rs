@@ -12,6 +12,7 @@ pub mod load;
 pub mod machine;
 pub mod pool;
 pub mod report;
+pub mod restore;
 pub mod scale;
 pub mod wire;
 

@@ -9,6 +9,7 @@ use super::bulk::Bulk;
 use super::events::Delays;
 use super::load::{Rounds, median, quantile};
 use super::machine::Machine;
+use super::restore::Restored;
 use super::scale::Scale;
 
 const BEGIN: &str = "<!-- measured: begin (written by `make bench`) -->";
@@ -192,7 +193,26 @@ fn large(out: &mut String, scale: &Scale) -> std::fmt::Result {
     for (name, value) in rows {
         writeln!(out, "| {name} | {value} |")?;
     }
+    restored(out, &scale.restored)?;
     writeln!(out, "\n{} watchers follow every VM in `event.from` meanwhile.", size.watchers)
+}
+
+fn restored(out: &mut String, restored: &Restored) -> std::fmt::Result {
+    let rows: [(&str, String); 6] = [
+        ("the database as a file, MB", format!("{:.0}", restored.bytes as f64 / 1e6)),
+        ("… fetched, s", format!("{:.1}", restored.dump)),
+        ("… put back as a dry run, s", format!("{:.1}", restored.dry_run)),
+        ("… put back, with another name for every VM, s", format!("{:.1}", restored.restore)),
+        ("longest pause of 4 writers meanwhile, ms", format!("{:.0}", restored.pause)),
+        ("… while nothing else is done, ms", format!("{:.0}", restored.pause_at_rest)),
+    ];
+    for (name, value) in rows {
+        writeln!(out, "| {name} | {value} |")?;
+    }
+    if !restored.same_master {
+        writeln!(out, "| another host became master over it | yes |")?;
+    }
+    Ok(())
 }
 
 fn loads(out: &mut String, loads: &[Load]) -> std::fmt::Result {
@@ -226,6 +246,14 @@ pub fn alone(scale: &Scale) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = large(&mut text, scale);
+    text
+}
+
+/// What a restore gave, alone.
+pub fn restore_alone(measured: &Restored) -> String {
+    let mut text = format!("| a pool of {} VMs | |\n| --- | ---: |\n", measured.vms);
+    // Writing to a string cannot fail.
+    let _ = restored(&mut text, measured);
     text
 }
 

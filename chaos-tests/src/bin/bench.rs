@@ -10,7 +10,7 @@ use chaos_tests::bench::machine::Machine;
 use chaos_tests::bench::pool::Pool;
 use chaos_tests::bench::report::{self, Load, Report, Run, put_into};
 use chaos_tests::bench::scale::{self, Size};
-use chaos_tests::bench::{events, failover};
+use chaos_tests::bench::{events, failover, restore};
 use clap::Parser;
 use tokio::process::Command;
 
@@ -46,6 +46,9 @@ struct Flags {
     /// Measure the large pool alone
     #[arg(long)]
     only_scale: bool,
+    /// Measure dump and restore of a database with --vms VMs alone
+    #[arg(long, conflicts_with = "only_scale")]
+    only_restore: bool,
     /// Leave the large pool out
     #[arg(long, conflicts_with = "only_scale")]
     no_scale: bool,
@@ -94,6 +97,9 @@ async fn main() -> anyhow::Result<()> {
     size.watchers = flags.watchers.unwrap_or(size.watchers);
     if flags.only_scale {
         return print(&report::alone(&scale::measure(&program, &flags.dir, size).await?));
+    }
+    if flags.only_restore {
+        return print(&report::restore_alone(&restore::alone(&program, &flags.dir, size.vms).await?));
     }
     eprintln!("starting the peers in {}", flags.dir.display());
     let mut pool = Pool::start(&program, &flags.dir).await?;
