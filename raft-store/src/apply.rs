@@ -430,7 +430,7 @@ pub(crate) fn link(state: &mut State, row: &Arc<Row>) {
         table.by_uuid.insert(uuid, row.reference);
     }
     if let Some(name) = label(row, "name_label") {
-        table.by_name.entry(name).or_default().push_back(row.reference);
+        table.by_name.entry(name).or_default().insert(row.reference);
     }
     table.rows.insert(row.reference, Arc::clone(row));
 }
@@ -449,7 +449,7 @@ fn unlink(state: &mut State, row: &Arc<Row>) {
 fn forget_name(table: &mut Table, row: &Row) {
     let Some(name) = label(row, "name_label") else { return };
     if let Some(references) = table.by_name.get_mut(&name) {
-        references.retain(|reference| *reference != row.reference);
+        references.remove(&row.reference);
         if references.is_empty() {
             table.by_name.remove(&name);
         }

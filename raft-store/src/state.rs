@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use datamodel::{ClassId, ClassKind, OpaqueRef, Ref, Timestamp, model};
-use imbl::{HashMap, OrdMap, Vector};
+use imbl::{HashMap, OrdMap, OrdSet, Vector};
 use uuid::Uuid;
 
 use crate::replace::Fresh;
@@ -40,7 +40,8 @@ pub(crate) const REMEMBERED_TRANSACTIONS: usize = 100_000;
 pub(crate) struct Table {
     pub(crate) rows: OrdMap<OpaqueRef, Arc<Row>>,
     pub(crate) by_uuid: HashMap<Arc<str>, OpaqueRef>,
-    pub(crate) by_name: HashMap<Arc<str>, Vector<OpaqueRef>>,
+    /// Thousands may have one name, and each of them may be renamed.
+    pub(crate) by_name: HashMap<Arc<str>, OrdSet<OpaqueRef>>,
 }
 
 /// A change's place in the order of changes.

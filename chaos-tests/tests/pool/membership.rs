@@ -1,8 +1,6 @@
 //! Hosts come, go and die, and the pool knows which are its own.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use chaos_tests::client::{CallError, Client};
@@ -12,12 +10,12 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use crate::support::{SOON, Witness, is_live, lives, new_vm, other_master, refusal, text, until, until_member};
+use crate::support::{
+    HANDOVER, SOON, Witness, hand_overs, is_live, lives, new_vm, other_master, refusal, text, until, until_member,
+};
 
 /// How soon the pool must show that a host is dead.
 const DEATH_SHOWN: Duration = Duration::from_secs(5);
-/// How long the service may pause while the lead is handed over.
-const HANDOVER: Duration = Duration::from_millis(200);
 /// Voters that are silent for longer are replaced, in labs that are asked to.
 const REPLACE_AFTER: Duration = Duration::from_millis(1_500);
 
@@ -112,45 +110,9 @@ async fn a_dead_host_is_forgotten_with_all_that_is_its_own() {
     assert_eq!(client.call("host.get_all", json!([])).await.unwrap().as_array().unwrap().len(), 2);
 }
 
-/// Writes as fast as it is answered until told to stop; the longest that one write took, and how many there were.
-async fn write_on(mut client: Client, vm: String, stop: Arc<AtomicBool>) -> (Duration, usize) {
-    let (mut longest, mut count) = (Duration::ZERO, 0);
-    while !stop.load(Ordering::Relaxed) {
-        let begun = Instant::now();
-        client.call("VM.set_name_description", json!([vm, format!("{count}")])).await.expect("no call fails");
-        longest = longest.max(begun.elapsed());
-        count += 1;
-    }
-    (longest, count)
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_master_that_is_asked_to_go_is_replaced_without_a_failed_call_and_with_a_short_pause() {
-    let lab = Lab::sim().await.unwrap();
-    let mut client = lab.client().await.unwrap();
-    let vm = new_vm(&mut client, "written throughout").await;
-    let mut pauses = Vec::new();
-    for _ in 0..5 {
-        let master = until(SOON, "a master", async || lab.status().await.unwrap().master).await;
-        let next = lab.made().hosts.iter().find(|host| host.name != master).unwrap();
-        let reference = lab.host_reference(&mut client, &next.name).await.unwrap();
-        let stop = Arc::new(AtomicBool::new(false));
-        let at_master = lab.made().host(&master).unwrap().endpoint().unwrap();
-        let writers: Vec<_> =
-            (0..4).map(|_| tokio::spawn(write_on(client.at(&at_master), vm.clone(), stop.clone()))).collect();
-        sleep(Duration::from_millis(200)).await;
-        client.call("pool.designate_new_master", json!([reference])).await.unwrap();
-        sleep(Duration::from_millis(300)).await;
-        stop.store(true, Ordering::Relaxed);
-        let mut longest = Duration::ZERO;
-        for writer in writers {
-            let (pause, count) = writer.await.expect("a call failed");
-            assert!(count > 10, "{count} writes");
-            longest = longest.max(pause);
-        }
-        assert_eq!(lab.master_by_pool(&mut client).await.unwrap(), next.name);
-        pauses.push(longest);
-    }
+    let mut pauses = hand_overs(&Lab::sim().await.unwrap(), 5).await;
     pauses.sort_unstable();
     eprintln!("pauses: {pauses:?}");
     assert!(pauses[pauses.len() / 2] < HANDOVER, "{pauses:?}");

@@ -1,5 +1,7 @@
 //! What several of these tests do.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use chaos_tests::client::{CallError, Client};
@@ -9,6 +11,8 @@ use tokio::time::sleep;
 
 /// How long anything may take that should take a second or two.
 pub const SOON: Duration = Duration::from_secs(15);
+/// How long the service may pause while the lead is handed over.
+pub const HANDOVER: Duration = Duration::from_millis(200);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Asks again until the answer is there. Panics, saying what was awaited, when it is not within the limit.
@@ -63,6 +67,48 @@ pub fn refusal(result: Result<Value, CallError>) -> (String, Vec<String>) {
         Err(CallError::Refused(failure)) => (failure.code, failure.params),
         other => panic!("a refusal was expected: {other:?}"),
     }
+}
+
+/// Writes as fast as it is answered until told to stop; the longest that one write took, and how many there were.
+async fn write_on(mut client: Client, vm: String, stop: Arc<AtomicBool>) -> (Duration, usize) {
+    let (mut longest, mut count) = (Duration::ZERO, 0);
+    while !stop.load(Ordering::Relaxed) {
+        let begun = Instant::now();
+        client.call("VM.set_name_description", json!([vm, format!("{count}")])).await.expect("no call fails");
+        longest = longest.max(begun.elapsed());
+        count += 1;
+    }
+    (longest, count)
+}
+
+/// Hands the lead over so many times while four clients write at the old master: the longest that a write took each time.
+/// No call fails.
+pub async fn hand_overs(lab: &Lab, rounds: usize) -> Vec<Duration> {
+    let mut client = lab.client().await.unwrap();
+    let vm = new_vm(&mut client, "written throughout").await;
+    let mut pauses = Vec::new();
+    for _ in 0..rounds {
+        let master = until(SOON, "a master", async || lab.status().await.unwrap().master).await;
+        let next = lab.made().hosts.iter().find(|host| host.name != master).unwrap();
+        let reference = lab.host_reference(&mut client, &next.name).await.unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let at_master = lab.made().host(&master).unwrap().endpoint().unwrap();
+        let writers: Vec<_> =
+            (0..4).map(|_| tokio::spawn(write_on(client.at(&at_master), vm.clone(), stop.clone()))).collect();
+        sleep(Duration::from_millis(200)).await;
+        client.call("pool.designate_new_master", json!([reference])).await.unwrap();
+        sleep(Duration::from_millis(300)).await;
+        stop.store(true, Ordering::Relaxed);
+        let mut longest = Duration::ZERO;
+        for writer in writers {
+            let (pause, count) = writer.await.expect("a call failed");
+            assert!(count > 10, "{count} writes");
+            longest = longest.max(pause);
+        }
+        assert_eq!(lab.master_by_pool(&mut client).await.unwrap(), next.name);
+        pauses.push(longest);
+    }
+    pauses
 }
 
 /// Whether a process is there; a zombie is not.
