@@ -41,8 +41,8 @@ simulate: ## Pools in trouble, SEEDS=10000 of them, or one told as it happens: S
 
 bench: ## Measure the pool beside etcd and write docs/benchmarks.md (installs what is missing)
 	@deploy/install-deps.sh --for bench
-	@$(MAKE) --no-print-directory build
-	cargo run $(CARGO_FLAGS) -p chaos-tests --bin bench -- --xenith "$(XENITH)" --write docs/benchmarks.md --date "$$(date +%F)" $(BENCH_FLAGS)
+	@$(MAKE) --no-print-directory build guest
+	XENITH_GUEST_DIR="$(XENITH_CACHE)/guest/image" cargo run $(CARGO_FLAGS) -p chaos-tests --bin bench -- --xenith "$(XENITH)" --write docs/benchmarks.md --date "$$(date +%F)" $(BENCH_FLAGS)
 
 coverage: build ## Write docs/api-coverage.md: which calls are there today
 	"$(XENITH)" coverage > docs/api-coverage.md.new

@@ -20,7 +20,7 @@ use crate::repeats::{Repeat, Stage};
 use crate::tasks;
 
 /// Somebody else changed a row meanwhile: so often it is tried again.
-const ATTEMPTS: usize = 16;
+pub(crate) const ATTEMPTS: usize = 16;
 
 /// How a call reached this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

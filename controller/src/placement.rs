@@ -33,9 +33,10 @@ pub(crate) fn overhead(row: &Row) -> i64 {
     own.saturating_add(1).saturating_add(shadow).saturating_add(shim).saturating_mul(MIB)
 }
 
-/// What a VM needs to start, in bytes.
+/// What a VM needs to start, in bytes: all it may ever have. Its guest sees that much, and nobody can make it stay below
+/// before its balloon driver runs; what it then gives back is free for others.
 pub(crate) fn need(row: &Row) -> i64 {
-    row.get(vm::MEMORY_DYNAMIC_MIN).saturating_add(overhead(row))
+    row.get(vm::MEMORY_STATIC_MAX).max(row.get(vm::MEMORY_DYNAMIC_MIN)).saturating_add(overhead(row))
 }
 
 /// What a VM that is on a host may have of its memory, in bytes. It was given what there was, and keeps it.

@@ -63,7 +63,7 @@ impl Lease {
         let spare = if self.planted == Some(Planted::TrustsAllClocks) { Duration::ZERO } else { self.length / 4 };
         let metrics = self.metrics.borrow_watched();
         let given_up = self.given_up.load(Ordering::Acquire) == metrics.current_term;
-        !given_up && self.is_acknowledged(&metrics, self.length - spare)
+        !given_up && self.is_acknowledged(&metrics, before(self.length - spare))
     }
 
     /// Asks everybody and waits until a quorum has acknowledged what was sent since this call; not, where this node
@@ -80,7 +80,7 @@ impl Lease {
                 if !leads(metrics.state) {
                     return false;
                 }
-                if self.is_acknowledged(&metrics, since.elapsed()) {
+                if self.is_acknowledged(&metrics, since) {
                     return true;
                 }
             }
@@ -98,16 +98,16 @@ impl Lease {
         self.given_up.store(self.metrics.borrow_watched().current_term, Ordering::Release);
     }
 
-    /// Whether a quorum has acknowledged, as the leader, what this node sent within this time.
-    fn is_acknowledged(&self, metrics: &RaftMetrics<Config>, within: Duration) -> bool {
+    /// Whether a quorum has acknowledged, as the leader's, what this node sent after that moment.
+    fn is_acknowledged(&self, metrics: &RaftMetrics<Config>, after: Instant) -> bool {
         if !leads(metrics.state) {
             return false;
         }
-        if self.planted == Some(Planted::CountsLearners) && self.acknowledged.by_anybody(metrics.current_term, within) {
+        if self.planted == Some(Planted::CountsLearners) && self.acknowledged.by_anybody(metrics.current_term, after) {
             return true;
         }
         let members = metrics.membership_config.membership();
-        self.acknowledged.by_quorum(metrics.id, metrics.current_term, members, within)
+        self.acknowledged.by_quorum(metrics.id, metrics.current_term, members, after)
     }
 
     /// The other voter that has most of the log and that clients can reach: a witness has no address for them.
@@ -123,6 +123,12 @@ impl Lease {
             .max_by_key(|(_, matched)| matched.as_ref().map(|id| id.index()))
             .map(|(id, _)| *id)
     }
+}
+
+/// The moment so long ago; now, on a machine that has not been up for so long.
+fn before(time: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_sub(time).unwrap_or(now)
 }
 
 /// Where it is said how this node stands.
@@ -179,7 +185,7 @@ fn judge(
 ) -> Leadership {
     let metrics = metrics.borrow_watched();
     // Who has nobody's word for three leases is cut off. A leader in office has had a quorum's.
-    let cut_off = !lease.is_acknowledged(&metrics, lease.length * 3);
+    let cut_off = !lease.is_acknowledged(&metrics, before(lease.length * 3));
     if metrics.running_state.is_err() {
         return Leadership::Electing;
     }

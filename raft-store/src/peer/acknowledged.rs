@@ -8,7 +8,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -56,26 +55,19 @@ impl Acknowledged {
         self.0.news.notified()
     }
 
-    /// Whether a quorum of each set of voters has acknowledged what `this` node sent in this term, if it was sent less
-    /// than so long ago. The node's own word counts where it votes.
-    pub(crate) fn by_quorum(&self, this: u64, term: u64, members: &Membership, within: Duration) -> bool {
-        let now = Instant::now();
+    /// Whether a quorum of each set of voters has acknowledged what `this` node sent in this term, if it was sent after
+    /// that moment. The node's own word counts where it votes.
+    pub(crate) fn by_quorum(&self, this: u64, term: u64, members: &Membership, after: Instant) -> bool {
         let newest = self.0.newest.lock();
-        let with_us = |peer: &u64| {
-            *peer == this
-                || newest
-                    .get(peer)
-                    .is_some_and(|sent| sent.term == term && now.saturating_duration_since(sent.at) < within)
-        };
+        let with_us =
+            |peer: &u64| *peer == this || newest.get(peer).is_some_and(|sent| sent.term == term && sent.at > after);
         let mut sets = members.get_joint_config().iter();
         sets.all(|voters| voters.iter().filter(|peer| with_us(peer)).count() * 2 > voters.len())
     }
 
     /// Whether anybody at all has acknowledged it: a mistake, for tests of the tests.
-    pub(crate) fn by_anybody(&self, term: u64, within: Duration) -> bool {
-        let now = Instant::now();
-        let newest = self.0.newest.lock();
-        newest.values().any(|sent| sent.term == term && now.saturating_duration_since(sent.at) < within)
+    pub(crate) fn by_anybody(&self, term: u64, after: Instant) -> bool {
+        self.0.newest.lock().values().any(|sent| sent.term == term && sent.at > after)
     }
 }
 
@@ -90,8 +82,8 @@ pub(crate) struct Unanswered {
 
 impl Unanswered {
     /// To be told before a request leaves.
-    pub(crate) fn asked(&self, term: u64) {
-        self.sent.lock().push_back(Sent { term, at: Instant::now() });
+    pub(crate) fn asked(&self, term: u64, at: Instant) {
+        self.sent.lock().push_back(Sent { term, at });
     }
 
     /// To be told of each answer; whether the peer follows the sender is in it.
@@ -114,6 +106,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::collections::BTreeSet;
+    use std::time::Duration;
 
     use super::*;
     use crate::types::PeerNode;
@@ -126,55 +119,58 @@ mod tests {
         Membership::new(sets, nodes).unwrap()
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn an_old_answer_proves_nothing_about_what_was_sent_since() {
+    #[test]
+    fn an_old_answer_proves_nothing_about_what_was_sent_since() {
         let all = Acknowledged::default();
         let three = members(&[&[1, 2, 3]]);
         let stream = all.stream(2, None);
-        stream.asked(1);
-        tokio::time::advance(Duration::from_secs(3)).await;
+        let asleep = Instant::now();
+        stream.asked(1, asleep);
         // It wakes, sends once more, and finds the answer to what it had sent before.
-        stream.asked(1);
+        let awake = asleep + Duration::from_secs(3);
+        stream.asked(1, awake);
         stream.answered(true);
-        assert!(!all.by_quorum(1, 1, &three, LEASE));
+        assert!(!all.by_quorum(1, 1, &three, awake - LEASE));
         stream.answered(true);
-        assert!(all.by_quorum(1, 1, &three, LEASE));
-        tokio::time::advance(LEASE).await;
-        assert!(!all.by_quorum(1, 1, &three, LEASE), "a lease ends");
+        assert!(all.by_quorum(1, 1, &three, awake - LEASE));
+        assert!(!all.by_quorum(1, 1, &three, awake), "a lease ends");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_quorum_is_one_of_each_set_of_voters_in_this_term() {
+    #[test]
+    fn a_quorum_is_one_of_each_set_of_voters_in_this_term() {
         let all = Acknowledged::default();
+        let now = Instant::now();
         let says = |peer, term, follows| {
             let stream = all.stream(peer, None);
-            stream.asked(term);
+            stream.asked(term, now);
             stream.answered(follows);
         };
-        assert!(all.by_quorum(1, 5, &members(&[&[1]]), LEASE), "one voter needs nobody else");
+        let proven = |term, sets: &[&[u64]]| all.by_quorum(1, term, &members(sets), now - LEASE);
+        assert!(proven(5, &[&[1]]), "one voter needs nobody else");
         says(2, 4, true);
         says(3, 5, false);
         says(6, 5, true);
-        assert!(!all.by_quorum(1, 5, &members(&[&[1, 2, 3]]), LEASE), "an older term, a refusal, and a learner");
+        assert!(!proven(5, &[&[1, 2, 3]]), "an older term, a refusal, and a learner");
         says(2, 5, true);
-        assert!(all.by_quorum(1, 5, &members(&[&[1, 2, 3]]), LEASE));
-        assert!(!all.by_quorum(1, 5, &members(&[&[1, 2, 3], &[1, 4, 5]]), LEASE), "both sets must say so");
-        assert!(!all.by_quorum(1, 5, &members(&[&[2, 3, 4]]), LEASE), "who does not vote does not count itself");
+        assert!(proven(5, &[&[1, 2, 3]]));
+        assert!(!proven(5, &[&[1, 2, 3], &[1, 4, 5]]), "both sets must say so");
+        assert!(!proven(5, &[&[2, 3, 4]]), "who does not vote does not count itself");
         says(4, 5, true);
-        assert!(all.by_quorum(1, 5, &members(&[&[1, 2, 3], &[1, 4, 5]]), LEASE));
-        assert!(!all.by_quorum(1, 6, &members(&[&[1, 2, 3]]), LEASE), "a new term starts from nothing");
+        assert!(proven(5, &[&[1, 2, 3], &[1, 4, 5]]));
+        assert!(!proven(6, &[&[1, 2, 3]]), "a new term starts from nothing");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_late_answer_of_an_older_stream_takes_nothing_back() {
+    #[test]
+    fn a_late_answer_of_an_older_stream_takes_nothing_back() {
         let all = Acknowledged::default();
         let (old, new) = (all.stream(2, None), all.stream(2, None));
-        old.asked(1);
-        tokio::time::advance(Duration::from_secs(1)).await;
-        new.asked(1);
+        let now = Instant::now();
+        old.asked(1, now - 3 * LEASE);
+        new.asked(1, now);
         new.answered(true);
         old.answered(true);
-        assert!(all.by_quorum(1, 1, &members(&[&[1, 2, 3]]), LEASE));
+        assert!(all.by_quorum(1, 1, &members(&[&[1, 2, 3]]), now - LEASE));
+        // An answer to nothing says nothing.
         old.answered(true);
     }
 }

@@ -18,6 +18,7 @@ use openraft::{AnyError, OptionalSend};
 use proto::raft as wire;
 use proto::raft::raft_client::RaftClient;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tower::ServiceExt as _;
 use tower::util::BoxCloneSyncService;
@@ -292,7 +293,7 @@ impl RaftNetworkV2<Config> for Peer {
             let asked = self.acknowledged.stream(self.target, self.planted);
             let answered = asked.clone();
             let requests = input.map(move |request| {
-                asked.asked(request.vote.leader_id().term);
+                asked.asked(request.vote.leader_id().term, Instant::now());
                 append_to_wire(&request)
             });
             // The head of the answer comes at once; how long each reply takes is openraft's to judge.
