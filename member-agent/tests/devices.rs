@@ -50,7 +50,6 @@ async fn a_simulated_disk_in_use_goes_over_to_another_image() {
 }
 
 #[tokio::test]
-#[ignore = "fails: joining images in use is refused a lock; not understood yet"]
 async fn a_disk_in_use_of_qemu_goes_over_to_another_image() {
     a_disk_in_use_goes_over_to_another_image("qemu").await;
 }

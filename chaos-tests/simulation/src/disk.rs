@@ -76,6 +76,11 @@ impl Disk {
         self.inner.lock().sync = (from, to);
     }
 
+    /// Whether there is no room.
+    pub fn is_full(&self) -> bool {
+        self.inner.lock().full
+    }
+
     /// From now on it has room or not.
     pub fn set_full(&self, full: bool) {
         self.inner.lock().full = full;

@@ -20,6 +20,9 @@ struct Flags {
     /// Plant a mistake.
     #[arg(long)]
     planted: Option<Mistake>,
+    /// Let this kind of trouble (a number, see trouble.rs) come every other time.
+    #[arg(long)]
+    favourite: Option<u64>,
     /// End with the first seed that shows this text.
     #[arg(long)]
     until: Option<String>,
@@ -60,7 +63,7 @@ impl From<Mistake> for Planted {
 fn main() -> std::io::Result<ExitCode> {
     let flags = Flags::parse();
     let planted = flags.planted.map(Planted::from);
-    let plan = |seed| Plan { planted, ..Plan::of(seed) };
+    let plan = |seed| Plan { planted, favourite: flags.favourite, ..Plan::of(seed) };
     if let Some(seed) = flags.seed {
         if std::env::var_os("RUST_LOG").is_some() {
             let filter = tracing_subscriber::EnvFilter::from_default_env();

@@ -264,8 +264,14 @@ impl Program {
         config.planted = self.setting.planted;
         config.history = self.setting.history;
         let peers = self.setting.network.dial_from(self.id);
-        let store = match Store::open_in(config, Arc::new(Shelf(self.disk)), peers).await {
+        let store = match Store::open_in(config, Arc::new(Shelf(Arc::clone(&self.disk))), peers).await {
             Ok(store) => store,
+            // The daemon's process ends, and waits for room when it is started again.
+            Err(error) if self.disk.is_full() => {
+                tell!(self.setting.trace, "node {}: {error}", self.id);
+                self.process.kill();
+                return;
+            }
             Err(error) => {
                 crate::broken!(self.setting.trace, "node {} does not open its store: {error}", self.id);
                 return;

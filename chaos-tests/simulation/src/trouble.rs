@@ -43,7 +43,7 @@ impl World {
         let at = if self.chance.one_in(2) { self.leader() } else { None };
         let at = at.unwrap_or_else(|| self.chance.index(size));
         // Each run has a trouble of its own that comes again and again: two of a kind meet what one alone does not.
-        let kind = if self.chance.one_in(4) { self.favourite } else { self.chance.below(KINDS) };
+        let kind = if self.chance.one_in(self.favoured) { self.favourite } else { self.chance.below(KINDS) };
         match kind {
             0 => self.crash(at, false),
             1 => self.crash(at, true),

@@ -35,13 +35,15 @@ pub struct Plan {
     pub trouble: u64,
     /// Whether controllers and their agents run on the stores.
     pub controllers: bool,
+    /// The kind of trouble that comes every other time; none leaves it to the seed, which lets one come every fourth time.
+    pub favourite: Option<u64>,
 }
 
 impl Plan {
     /// The run of a seed. Two of three are of bare stores, whose trouble is the densest.
     #[must_use]
     pub const fn of(seed: u64) -> Self {
-        Self { seed, planted: None, trouble: 12_000, controllers: seed.is_multiple_of(3) }
+        Self { seed, planted: None, trouble: 12_000, controllers: seed.is_multiple_of(3), favourite: None }
     }
 }
 
@@ -72,6 +74,8 @@ pub struct World {
     drifts: bool,
     /// The kind of trouble that this run has most of.
     pub(crate) favourite: u64,
+    /// One of so many troubles is of that kind.
+    pub(crate) favoured: u64,
     /// When the leader goes and that follower is damaged.
     pub(crate) conspiracy: Option<(i64, usize, usize)>,
     /// Epochs and who had them.
@@ -114,7 +118,8 @@ impl World {
             asked: vec![(1..=size).collect()],
             shrinks: chance.one_in(3),
             drifts: chance.one_in(2),
-            favourite: chance.below(KINDS),
+            favourite: plan.favourite.unwrap_or_else(|| chance.below(KINDS)),
+            favoured: if plan.favourite.is_some() { 2 } else { 4 },
             conspiracy: None,
             setting,
             chance,

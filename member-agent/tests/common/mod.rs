@@ -173,12 +173,15 @@ impl Host {
 
     /// Runs a command in the guest until it says what is expected.
     pub async fn guest_says(&self, vm: Uuid, command: &str, expected: &str) {
+        static QUESTIONS: AtomicU64 = AtomicU64::new(1);
         let deadline = Instant::now() + PATIENCE;
-        for round in 0.. {
+        loop {
+            // The console keeps what was said before: an answer is known by its question's number.
+            let number = QUESTIONS.fetch_add(1, Ordering::Relaxed);
             assert!(Instant::now() < deadline, "{command:?} does not say {expected:?}: {}", self.console(vm));
             // Between marks, so that neither the echo nor heartbeats are taken for the answer.
-            let _line = self.type_at(vm, &format!("echo [$(echo {round}) $({command})]")).await;
-            let mark = format!("[{round} ");
+            let _line = self.type_at(vm, &format!("echo [$(echo {number}) $({command})]")).await;
+            let mark = format!("[{number} ");
             eventually("an answer of the guest", || self.console(vm).contains(&mark)).await;
             tokio::time::sleep(Duration::from_millis(100)).await;
             if self.console(vm).contains(&format!("{mark}{expected}]")) {

@@ -134,6 +134,14 @@ mod tests {
         stream.answered(true);
         assert!(all.by_quorum(1, 1, &three, awake - LEASE));
         assert!(!all.by_quorum(1, 1, &three, awake), "a lease ends");
+
+        // The mistake that this is about.
+        let all = Acknowledged::default();
+        let stream = all.stream(2, Some(Planted::BelievesOldAnswers));
+        stream.asked(1, asleep);
+        stream.asked(1, awake);
+        stream.answered(true);
+        assert!(all.by_quorum(1, 1, &three, awake - LEASE));
     }
 
     #[test]
