@@ -430,46 +430,39 @@ async fn a_disk_in_use_goes_over_to_another_image(driver: &str) {
     if driver == "qemu" {
         bare.host.guest_says(vm, "head -c 5 /dev/vda", "first").await;
     }
-    // As a store takes a snapshot: the image becomes a base by another name, and the volume a thin one above it.
-    let bases: Vec<PathBuf> = ["base1.qcow2", "base2.qcow2"].map(|name| bare.host.dir.path().join(name)).into();
-    for base in &bases {
-        fs::rename(&volume, base).unwrap();
-        bare.thin("volume.qcow2", 4 * MIB, Some(base));
+    // As a store takes a snapshot: the image stays what it is and where it is, and the guest goes on in one above it.
+    let [above, top] = ["above.qcow2", "top.qcow2"].map(|name| bare.host.dir.path().join(name));
+    for (below, image, mark) in [(&volume, &above, "above"), (&above, &top, "fresh")] {
+        bare.thin(image.file_name().unwrap().to_str().unwrap(), 4 * MIB, Some(below));
         for _again in 0..2 {
-            bare.relink_disk(vm, "one", &volume).await.expect("goes over");
+            bare.relink_disk(vm, "one", image).await.expect("goes over");
         }
         if driver == "qemu" {
-            let mark = base.file_stem().unwrap().to_str().unwrap();
-            bare.host
-                .guest_says(
-                    vm,
-                    &format!("printf {mark} | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null; echo ok"),
-                    "ok",
-                )
-                .await;
+            let write = format!("printf {mark} | dd of=/dev/vda conv=notrunc,fsync 2>/dev/null && echo ok");
+            bare.host.guest_says(vm, &write, "ok").await;
         }
     }
     bare.resize_disk(vm, "one", 8 * MIB).await.expect("grows");
-    bare.join_disk(vm, "one", Some(&bases[0])).await.expect("joins");
+    bare.join_disk(vm, "one", Some(&volume)).await.expect("joins");
     if driver == "qemu" {
         assert_eq!(reason(bare.resize_disk(vm, "one", 4 * MIB).await), Reason::Unsupported);
         bare.host.guest_says(vm, "cat /sys/block/vda/size", "16384").await;
-        fs::remove_file(&bases[1]).unwrap();
-        bare.host.guest_says(vm, "head -c 5 /dev/vda", "base2").await;
+        fs::remove_file(&above).unwrap();
+        bare.host.guest_says(vm, "head -c 5 /dev/vda", "fresh").await;
         bare.unplug_disk(vm, "one", GENTLY, "").await.expect("lets go");
-        let told = Command::new("qemu-img").args(["info", "--output=json"]).arg(&volume).output().unwrap();
+        let told = Command::new("qemu-img").args(["info", "--output=json"]).arg(&top).output().unwrap();
         let told = String::from_utf8_lossy(&told.stdout).into_owned();
-        assert!(told.contains("\"backing-filename\": \"base1.qcow2\""), "{told}");
-        for image in [&volume, &bases[0]] {
+        assert!(told.contains("\"backing-filename\": \"volume.qcow2\""), "{told}");
+        for image in [&volume, &top] {
             assert!(Command::new("qemu-img").args(["check", "-q"]).arg(image).status().unwrap().success());
         }
-        bare.plug_disk(vm, disk("one", "xvda", &volume), "").await.expect("comes back");
+        bare.plug_disk(vm, disk("one", "xvda", &top), "").await.expect("comes back");
         bare.join_disk(vm, "one", None).await.expect("joins all");
-        fs::remove_file(&bases[0]).unwrap();
-        bare.host.guest_says(vm, "head -c 5 /dev/vda", "base2").await;
+        fs::remove_file(&volume).unwrap();
+        bare.host.guest_says(vm, "head -c 5 /dev/vda", "fresh").await;
     }
     assert_eq!(reason(bare.relink_disk(vm, "none", &volume).await), Reason::NoSuchDisk);
-    assert_eq!(bare.plugged().remove(0).disk.path, volume.display().to_string());
+    assert_eq!(bare.plugged().remove(0).disk.path, top.display().to_string());
 }
 
 async fn disks_are_known_to_the_next_agent(driver: &str) {

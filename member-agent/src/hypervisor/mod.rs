@@ -96,7 +96,8 @@ pub trait Hypervisor: Send + Sync {
     fn plugged(&self) -> Vec<Plugged>;
 
     /// The disk goes over to `overlay`, an empty qcow2 image above the one it has: what the guest writes from now on
-    /// goes there, and the image below is no longer written. A disk that has it already is a success.
+    /// goes there, and the image below is no longer written. A disk that has it already is a success. Images keep their
+    /// names as long as a domain has them: QEMU opens one again by its name when what it may do with it changes.
     async fn relink_disk(&self, vm: Uuid, vbd: &str, overlay: &Path) -> Result<(), Refusal>;
 
     /// The disk's image becomes so large, and the guest sees it.

@@ -71,7 +71,12 @@ impl Directory {
             let image = contents.images.get(opened).filter(|image| image.damage.is_none());
             let qcow2 = image.is_some_and(|image| image.format == ImageFormat::Qcow2);
             if at_rest && (!qcow2 || self.check(opened).await) {
-                apart(move || Ok(drop(fs::remove_file(note)))).await?;
+                apart(move || {
+                    // One that stays is looked at again by the next scan.
+                    let _ = fs::remove_file(note);
+                    Ok(())
+                })
+                .await?;
             }
         }
         let unused = contents.unused();
