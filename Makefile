@@ -13,9 +13,10 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 XENITH := $(CARGO_TARGET_DIR)/release/xenith
 LAB_DIR ?= $(or $(XDG_RUNTIME_DIR),/tmp)/xenith-lab-$(shell id -u)
 LAB_FLAGS ?=
+# Always the whole workspace: a part of it would build the same dependencies with other features once more.
 CARGO_FLAGS := --release --locked
 
-.PHONY: help demo test soak simulate bench coverage build clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
+.PHONY: help demo test soak simulate bench coverage build build-for-tests clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -27,22 +28,23 @@ demo: ## Three hosts, one pool, a real guest, a master lost to kill -9 (installs
 
 test: ## Every test (installs what is missing)
 	@deploy/install-deps.sh --for test
-	@$(MAKE) --no-print-directory build guest
+	@$(MAKE) --no-print-directory build-for-tests guest
 	@XENITH_CLIENTS=$$(deploy/clients/install.sh all) XENITH_GUEST_DIR="$(XENITH_CACHE)/guest/image" XENITH_BIN="$(XENITH)" deploy/run-tests.sh $(TEST_FLAGS)
 
 soak: ## The tests that take minutes: a master that is stopped for half a minute, and the like
-	@$(MAKE) --no-print-directory build
-	@XENITH_BIN="$(XENITH)" deploy/run-tests.sh -p chaos-tests --test faults $(if $(shell cargo nextest --version 2>/dev/null),--run-ignored all,-- --include-ignored)
+	@$(MAKE) --no-print-directory build-for-tests
+	@XENITH_BIN="$(XENITH)" deploy/run-tests.sh --workspace --test faults $(if $(shell cargo nextest --version 2>/dev/null),--run-ignored all,-- --include-ignored)
 
 simulate: ## Pools in trouble, SEEDS=10000 of them, or one told as it happens: SEED=123
 	@deploy/install-deps.sh --for build
-	@cargo build $(CARGO_FLAGS) -p simulation
+	@cargo build $(CARGO_FLAGS) --workspace --bin simulate
 	@"$(CARGO_TARGET_DIR)/release/simulate" $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200))
 
 bench: ## Measure the pool beside etcd and write docs/benchmarks.md (installs what is missing)
 	@deploy/install-deps.sh --for bench
-	@$(MAKE) --no-print-directory build
-	cargo run $(CARGO_FLAGS) -p chaos-tests --bin bench -- --xenith "$(XENITH)" --write docs/benchmarks.md --date "$$(date +%F)" $(BENCH_FLAGS)
+	@$(MAKE) --no-print-directory build guest
+	cargo build $(CARGO_FLAGS) --workspace --bin bench
+	XENITH_GUEST_DIR="$(XENITH_CACHE)/guest/image" "$(CARGO_TARGET_DIR)/release/bench" --xenith "$(XENITH)" --write docs/benchmarks.md --date "$$(date +%F)" $(BENCH_FLAGS)
 
 coverage: build ## Write docs/api-coverage.md: which calls are there today
 	"$(XENITH)" coverage > docs/api-coverage.md.new
@@ -50,7 +52,12 @@ coverage: build ## Write docs/api-coverage.md: which calls are there today
 
 build: ## Build the xenith program
 	@deploy/install-deps.sh --for build
-	cargo build $(CARGO_FLAGS) -p xenith
+	cargo build $(CARGO_FLAGS) --workspace --bin xenith
+
+# The same, with what deploy/test-build.toml says: what the tests run is built once.
+build-for-tests:
+	@deploy/install-deps.sh --for build
+	cargo build $(CARGO_FLAGS) --config deploy/test-build.toml --workspace --bin xenith
 
 guest: ## Make the small Linux that guests of the lab boot
 	@deploy/guest/build.sh "$(XENITH_CACHE)/guest/image"

@@ -45,6 +45,7 @@ echo "Looking for what '$purpose' needs:" >&2
 has_libclang || need libclang-dev "makes the bindings of RocksDB (bindgen reads its C header)"
 if [ "$purpose" != build ]; then
   has qemu-system-x86_64 || need qemu-system-x86 "runs the guests: one process for each domain"
+  has qemu-img || need qemu-utils "makes, copies and checks disk images"
   has cpio || need cpio "packs the test guest"
   { has python3 && has_venv; } || need python3-venv "a private place for the stock XenAPI.py client"
 fi
@@ -58,7 +59,7 @@ fi
 # The test guest is made of packages that are downloaded and unpacked, not installed: apt must know them.
 lists=true
 if [ "$purpose" != build ] && has apt-cache; then
-  apt-cache show linux-image-cloud-amd64 busybox-static >/dev/null 2>&1 || lists=false
+  apt-cache show linux-image-cloud-amd64 busybox-static qemu-guest-agent >/dev/null 2>&1 || lists=false
 fi
 
 if [ ${#packages[@]} -eq 0 ] && $lists; then

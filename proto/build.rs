@@ -3,7 +3,7 @@
 use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let files = ["proto/agent.proto", "proto/forward.proto", "proto/raft.proto"];
+    let files = ["proto/agent.proto", "proto/forward.proto", "proto/members.proto", "proto/raft.proto"];
     for file in files {
         println!("cargo:rerun-if-changed={file}");
     }

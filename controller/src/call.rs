@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use datamodel::enums::TaskStatusType;
 use datamodel::{
     ApiError, ClassKind, Input, MessageDef, OpaqueRef, Ref, Session, Task, Timestamp, Type, Value, errors, fields,
+    model,
 };
 use parking_lot::Mutex;
 use raft_store::{CommitError, Conflict, LogIndex, Member, NotLeader, Row, State, Transaction};
@@ -14,9 +15,12 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::controller::Shared;
-use crate::failure::{Failure, Served};
+use crate::failure::{Failure, Served, refuse};
 use crate::repeats::{Repeat, Stage};
 use crate::tasks;
+
+/// Somebody else changed a row meanwhile: so often it is tried again.
+pub(crate) const ATTEMPTS: usize = 16;
 
 /// How a call reached this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,6 +156,20 @@ impl Call {
         }
     }
 
+    /// A call that the pool makes itself, in nobody's session and under no task.
+    pub(crate) fn of_the_pool(shared: &Arc<Shared>, state: Arc<State>, message: &str) -> Served<Self> {
+        let message = model().message(message).ok_or_else(|| errors::message_method_unknown(message))?;
+        let caller = Caller {
+            transport: Transport::Unix,
+            peer: None,
+            user_agent: String::new(),
+            originator: String::new(),
+            forwarded: false,
+            idempotency_key: None,
+        };
+        Ok(Self::new(Arc::clone(shared), state, Arc::new(caller), message, Ref::NULL, Ref::NULL))
+    }
+
     /// The same call, for work that goes on when nobody waits for its answer any more.
     pub(crate) fn fork(&self) -> Self {
         Self {
@@ -280,4 +298,25 @@ impl Call {
 /// `HANDLE_INVALID(class, reference)`.
 pub(crate) fn find<C: ClassKind>(state: &State, reference: Ref<C>) -> Served<Arc<Row>> {
     state.row(reference).cloned().ok_or_else(|| Failure::Api(errors::handle_invalid(C::NAME, reference)))
+}
+
+/// Decides on the newest state and commits; decides anew where somebody was faster. The call's one effect.
+pub(crate) async fn persist(cx: &Call, decide: impl Fn(&State, &mut Transaction) -> Served<()>) -> Served<()> {
+    for _ in 0..ATTEMPTS {
+        let state = cx.latest().await?;
+        let mut change = cx.transaction();
+        decide(&state, &mut change)?;
+        if change.is_empty() {
+            return Ok(());
+        }
+        match cx.commit_as(change, Stage::Done(Value::Void)).await {
+            Ok(_) => return Ok(()),
+            Err(CommitError::Conflict(raft_store::Conflict::Exists(class, reference))) => {
+                return Err(CommitError::Conflict(raft_store::Conflict::Exists(class, reference)).into());
+            }
+            Err(CommitError::Conflict(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    refuse(errors::too_many_pending_tasks())
 }

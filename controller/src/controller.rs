@@ -13,11 +13,11 @@ use crate::agent::Agents;
 use crate::call::{Refusal, Reply, Request};
 use crate::clock::{Clock, Office};
 use crate::first_boot::Guest;
-use crate::handlers::{self, Declined, Inquiry, Opened};
+use crate::handlers::{self, Declined, Inquiry, Knock, Opened, Tunnel};
 use crate::in_hand::InHand;
 use crate::membership::emergency::LocalSessions;
-use crate::membership::{Surroundings, VoterPolicy, join, rotation, voters};
-use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, sessions, tasks};
+use crate::membership::{Standing, Surroundings, VoterPolicy, join, rotation, stranger, voters};
+use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, schedules, sessions, storage, tasks};
 
 /// What a controller is told when it starts.
 #[derive(Clone)]
@@ -67,6 +67,9 @@ pub(crate) struct Shared {
     /// Held while the database is being restored.
     pub(crate) restoring: tokio::sync::Mutex<()>,
     pub(crate) shutdown: CancellationToken,
+    /// In tests: an operation is let go of after so many of its doings, as if the master had died; 0: never.
+    #[cfg(test)]
+    pub(crate) dies_after: std::sync::atomic::AtomicUsize,
 }
 
 impl Shared {
@@ -120,6 +123,8 @@ impl Controller {
             in_hand: InHand::default(),
             restoring: tokio::sync::Mutex::default(),
             shutdown,
+            #[cfg(test)]
+            dies_after: std::sync::atomic::AtomicUsize::new(0),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -138,6 +143,19 @@ impl Controller {
     /// [`Declined`].
     pub async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {
         handlers::open(&self.shared, inquiry).await
+    }
+
+    /// How a host of that node id and uuid stands to the pool, where this host is the master.
+    pub async fn standing(&self, node_id: u64, host: Uuid) -> Standing {
+        stranger::standing(&self.shared, node_id, host).await
+    }
+
+    /// Opens a console, whoever is the master.
+    ///
+    /// # Errors
+    /// [`Declined`].
+    pub async fn connect(&self, knock: Knock) -> Result<Tunnel, Declined> {
+        handlers::connect(&self.shared, knock).await
     }
 
     /// Waits until this host knows of another master than that member, itself included, or of none for so long that
@@ -228,10 +246,12 @@ async fn lead(shared: &Arc<Shared>, epoch: LogIndex, term: CancellationToken) {
         backup::forget_stages(shared),
         reconcile::run(shared, epoch, term.clone()),
         operations::adopt(shared),
+        schedules::keep(shared),
         sessions::collect(shared),
         tasks::collect(shared),
         repeats::collect(shared),
         voters::keep(shared),
         rotation::keep(shared, epoch),
+        storage::keep(shared),
     );
 }

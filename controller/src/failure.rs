@@ -1,5 +1,6 @@
 //! Why a call did not end well: an error of the API, or a lead that went away before anything was done.
 
+use crate::operations::OF_STORES;
 use datamodel::{Answer, ApiError, ClassKind, errors};
 use raft_store::{CommitError, Conflict, NotLeader};
 
@@ -64,4 +65,14 @@ pub(crate) type Served<T> = Result<T, Failure>;
 /// Shorthand for an API error as a result.
 pub(crate) fn refuse<T>(error: ApiError) -> Served<T> {
     Err(Failure::Api(error))
+}
+
+/// An error from its code and parameters, as they were recorded.
+pub(crate) fn described(description: Vec<String>) -> ApiError {
+    let codes = errors::ALL.iter().map(|(code, _)| *code).chain(OF_STORES.iter().map(|(code, _)| *code));
+    let known = codes.into_iter().find(|known| description.first().is_some_and(|code| code == known));
+    match known {
+        Some(known) => ApiError::new(known, description.into_iter().skip(1).collect()),
+        None => errors::internal_error(description.join(", ")),
+    }
 }

@@ -4,11 +4,15 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use datamodel::{ClassDef, ClassId, FieldDef, Filter, Implicit, Key, OpaqueRef, Qualifier, Relation, Value, errors};
+use datamodel::{
+    ClassDef, ClassId, ClassKind, FieldDef, Filter, Implicit, Key, OpaqueRef, Pool, Qualifier, Relation, Sr, Value,
+    errors,
+};
 use raft_store::{CommitError, Conflict, Row};
 
-use crate::call::{Call, Reply};
+use crate::call::{ATTEMPTS, Call, Reply, persist};
 use crate::failure::{Failure, Served, refuse};
+use crate::operations::refresh;
 use crate::repeats::Stage;
 
 pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Served<Reply> {
@@ -38,20 +42,23 @@ pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Se
         Implicit::Set(field) => {
             let (this, value) = (next(), next());
             let reference = row(call, class, &this)?.reference;
-            let mut change = call.transaction();
-            change.set_value(class, reference, field, value);
-            written(call, change).await?
+            written(call, (class, reference), decides(class, field), |change| {
+                change.set_value(class, reference, field, value.clone());
+            })
+            .await?
         }
         Implicit::AddToSet(field) | Implicit::RemoveFromSet(field) => {
             let (this, value) = (next(), next());
             let reference = row(call, class, &this)?.reference;
-            let mut change = call.transaction();
-            if matches!(what, Implicit::AddToSet(_)) {
-                change.add_to_set(class, reference, field, value);
-            } else {
-                change.remove_from_set(class, reference, field, value);
-            }
-            written(call, change).await?
+            let adds = matches!(what, Implicit::AddToSet(_));
+            written(call, (class, reference), decides(class, field), |change| {
+                if adds {
+                    change.add_to_set(class, reference, field, value.clone());
+                } else {
+                    change.remove_from_set(class, reference, field, value.clone());
+                }
+            })
+            .await?
         }
         Implicit::AddToMap(field) => {
             let (this, key, value) = (next(), next(), next());
@@ -60,24 +67,57 @@ pub(crate) async fn serve(call: &Call, what: Implicit, values: Vec<Value>) -> Se
         Implicit::RemoveFromMap(field) => {
             let (this, key) = (next(), next());
             let reference = row(call, class, &this)?.reference;
-            let mut change = call.transaction();
-            if let Some(key) = Key::from_value(key) {
-                change.remove_from_map(class, reference, field, key);
-            }
-            written(call, change).await?
+            let key = Key::from_value(key);
+            written(call, (class, reference), decides(class, field), |change| {
+                if let Some(key) = &key {
+                    change.remove_from_map(class, reference, field, key.clone());
+                }
+            })
+            .await?
         }
         Implicit::Create => Reply::Value(Value::Ref(create(call, class, next(), Vec::new()).await?)),
         Implicit::Destroy => {
             let reference = row(call, class, &next())?.reference;
-            let mut change = call.transaction();
-            change.expect_exists(class, reference).delete_row(class, reference);
-            written(call, change).await?
+            written(call, (class, reference), true, |change| {
+                change.expect_exists(class, reference).delete_row(class, reference);
+            })
+            .await?
         }
     })
 }
 
-async fn written(call: &Call, change: raft_store::Transaction) -> Served<Reply> {
-    call.commit(change).await?;
+/// Whether something that may be done to an object depends on a field. Names and notes are written often and by several
+/// at once: such a write looks at nothing, and so meets nobody.
+fn decides(class: ClassId, field: u16) -> bool {
+    match class.def().field_def(field).map_or("", |field| field.name) {
+        "name_label" | "name_description" | "tags" => false,
+        "other_config" => class == Pool::ID || class == Sr::ID,
+        _ => true,
+    }
+}
+
+/// Writes what it is told to; where that decides on what is allowed, on the newest state, and anew if somebody was faster.
+async fn written(
+    call: &Call,
+    (class, reference): (ClassId, OpaqueRef),
+    looks: bool,
+    tell: impl Fn(&mut raft_store::Transaction),
+) -> Served<Reply> {
+    if looks {
+        persist(call, |state, change| {
+            if state.row_of(class, reference).is_none() {
+                return refuse(errors::handle_invalid(class.def().name, reference));
+            }
+            tell(change);
+            refresh(state, change);
+            Ok(())
+        })
+        .await?;
+    } else {
+        let mut change = call.transaction();
+        tell(&mut change);
+        call.commit(change).await?;
+    }
     Ok(Reply::Value(Value::Void))
 }
 
@@ -105,20 +145,32 @@ async fn add_to_map(call: &Call, class: ClassId, field: u16, this: &Value, key: 
         let field = field.strip_prefix("name_").map_or_else(|| field.to_owned(), |rest| format!("name__{rest}"));
         Failure::Api(errors::map_duplicate_key(class.def().name, field, row.reference, key.text()))
     };
-    let mut change = call.transaction();
-    change.expect_absent_key(class, row.reference, field, key.clone()).insert_in_map(
-        class,
-        row.reference,
-        field,
-        key.clone(),
-        value,
-    );
-    // The conflict is the check: two clients that add the same key cannot both win.
-    match call.commit_as(change, Stage::Done(Value::Void)).await {
-        Ok(_) => Ok(Reply::Value(Value::Void)),
-        Err(CommitError::Conflict(Conflict::KeyExists(..))) => Err(duplicate()),
-        Err(error) => Err(error.into()),
+    let insertion = || {
+        let mut change = call.transaction();
+        change.expect_absent_key(class, row.reference, field, key.clone()).insert_in_map(
+            class,
+            row.reference,
+            field,
+            key.clone(),
+            value.clone(),
+        );
+        change
+    };
+    // The conflict is the check: two clients that add the same key cannot both win. Any other says that what the
+    // addition allows has to be worked out anew.
+    for _ in 0..ATTEMPTS {
+        let mut change = insertion();
+        if decides(class, field) {
+            refresh(&*call.latest().await?, &mut change);
+        }
+        match call.commit_as(change, Stage::Done(Value::Void)).await {
+            Ok(_) => return Ok(Reply::Value(Value::Void)),
+            Err(CommitError::Conflict(Conflict::KeyExists(..))) => return Err(duplicate()),
+            Err(CommitError::Conflict(Conflict::Changed(..))) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
+    refuse(errors::too_many_pending_tasks())
 }
 
 /// Makes an object from a constructor's record. `more` overrides what the client sent.
@@ -156,6 +208,21 @@ pub(crate) fn insert(
     }
     change.insert_values(class, reference, fields);
     Ok(reference)
+}
+
+/// The fields that a client chooses for a new object, for work that makes it later. What they refer to must exist.
+pub(crate) fn chosen(call: &Call, class: ClassId, record: Value) -> Served<Vec<(u16, Value)>> {
+    let def = class.def();
+    let members = if let Value::Record(members) = record { members.into_vec() } else { Vec::new() };
+    check_members(def, &members)?;
+    let chooses = |index: &u16| def.field_def(*index).is_some_and(|field| field.qualifier != Qualifier::Runtime);
+    let fields: Vec<(u16, Value)> =
+        members.into_iter().filter_map(|(name, value)| Some((def.field(&name).filter(chooses)?, value))).collect();
+    let mut nothing = call.transaction();
+    for (index, value) in &fields {
+        expect_other_end(call, &mut nothing, def, *index, value)?;
+    }
+    Ok(fields)
 }
 
 /// A constructor's record must say everything that has no default.

@@ -15,16 +15,16 @@ use datamodel::{Host, Member, Ref, Vm};
 use futures::StreamExt;
 use proto::agent::agent_event::Event;
 use proto::agent::{DestroyDomain, DomainState, HelloRequest, PowerState, Step, WatchRequest, step::Action};
-use raft_store::{CommitError, LogIndex, Row, State};
+use raft_store::{CommitError, LogIndex, Row};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Agent;
 use crate::controller::Shared;
 use crate::failure::{Failure, Served};
+use crate::first_boot;
 use crate::membership::LEAVING;
-use crate::operations::{Shadow, show};
-use crate::{first_boot, placement};
+use crate::operations::{is_shown, refresh, show};
 
 /// A host that is silent for this long is shown as not live.
 const SILENCE: Duration = Duration::from_secs(3);
@@ -159,7 +159,7 @@ async fn disagree(shared: &Arc<Shared>, host_ref: Ref<Host>, crossed: &mut Cross
         let row = state.by_uuid(<Vm as datamodel::ClassKind>::ID, &domain.vm);
         let busy = row.is_some_and(|row| !row.get(vm::CURRENT_OPERATIONS).is_empty());
         let agrees = match row.filter(|row| row.get(vm::RESIDENT_ON) == host_ref) {
-            Some(row) => same(&state, row, domain),
+            Some(row) => is_shown(&state, row, domain),
             None => !placement_state(domain),
         };
         disagree |= !busy && !agrees;
@@ -245,15 +245,14 @@ async fn settle(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState)
             // A domain that should not be here is ended when the host is asked for all that it has.
             return Ok(!placement_state(domain));
         }
-        if same(&state, row, domain) {
+        if is_shown(&state, row, domain) {
             return Ok(true);
         }
         tracing::info!(vm = domain.vm, host = %host_ref, state = ?domain.state(), reason = domain.reason, "a domain changed by itself");
         let mut change = shared.transaction();
         change.expect_row(row);
-        let mut after = Shadow::new(row);
-        show(shared, &state, &mut change, row, host_ref, domain, &mut after);
-        change.set(row.typed::<Vm>(), vm::ALLOWED_OPERATIONS, after.allowed(row));
+        show(shared, &state, &mut change, row, host_ref, domain);
+        refresh(&state, &mut change);
         match shared.store.commit(change).await {
             Ok(_) => return Ok(true),
             Err(CommitError::Conflict(_)) => {}
@@ -261,16 +260,6 @@ async fn settle(shared: &Arc<Shared>, host_ref: Ref<Host>, domain: &DomainState)
         }
     }
     Ok(false)
-}
-
-fn same(_state: &State, row: &Row, domain: &DomainState) -> bool {
-    use datamodel::enums::VmPowerState as Power;
-    let power = row.get(vm::POWER_STATE);
-    match domain.state() {
-        PowerState::Running => power == Power::Running && row.get(vm::DOMID) == domain.domid,
-        PowerState::Paused => power == Power::Paused && row.get(vm::DOMID) == domain.domid,
-        PowerState::Halted | PowerState::Crashed | PowerState::Unspecified => !placement::has_domain(power),
-    }
 }
 
 async fn show_live(shared: &Arc<Shared>, reference: Ref<Member>, live: bool) -> Served<()> {

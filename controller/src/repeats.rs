@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::call::{Call, Caller, Reply};
 use crate::controller::Shared;
-use crate::failure::{Failure, Served, refuse};
+use crate::failure::{Failure, Served, described, refuse};
 use crate::in_hand::Hold;
 use crate::operations::CLEAN_LIMIT;
 
@@ -205,7 +205,7 @@ pub(crate) async fn answered(shared: &Shared, repeat: &Repeat, message: &Message
             }
             match row.get(answer::STATE).as_str() {
                 DONE => return Ok(Some(Reply::Value(result(message, row.get(answer::RESULT))))),
-                FAILED => return refuse(error(row.get(answer::ERROR))),
+                FAILED => return refuse(described(row.get(answer::ERROR))),
                 _ => {}
             }
             if applied.changed().await.is_err() {
@@ -229,14 +229,6 @@ fn result(message: &MessageDef, text: String) -> Value {
         return Value::Ref(reference);
     }
     convert(&message.result, input, "result").unwrap_or(Value::Void)
-}
-
-fn error(description: Vec<String>) -> ApiError {
-    let known = errors::ALL.iter().find(|(known, _)| description.first().is_some_and(|code| code == known));
-    match known {
-        Some((known, _)) => ApiError::new(known, description.into_iter().skip(1).collect()),
-        None => errors::internal_error(description.join(", ")),
-    }
 }
 
 /// Ends a call that was recorded: as it was foreseen, which costs nothing, or otherwise.

@@ -37,23 +37,18 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    fn start(&self, task: Ref<Task>, token: CancellationToken) -> Served<()> {
-        let mut tokens = self.tokens.lock();
+    /// Enters a task, until what is returned is dropped: whoever is dropped with it has stopped running it.
+    fn start(shared: &Arc<Shared>, task: Ref<Task>, token: CancellationToken) -> Served<Run> {
+        let mut tokens = shared.tasks.tokens.lock();
         if tokens.len() >= MOST_RUNNING {
             return refuse(errors::too_many_pending_tasks());
         }
         tokens.insert(task, token);
-        Ok(())
+        Ok(Run { shared: Arc::clone(shared), task })
     }
 
     fn end(&self, task: Ref<Task>) {
         self.tokens.lock().remove(&task);
-    }
-
-    /// As if the process that ran it had ended.
-    #[cfg(test)]
-    pub(crate) fn forget(&self, task: Ref<Task>) {
-        self.end(task);
     }
 
     pub(crate) fn runs(&self, task: Ref<Task>) -> bool {
@@ -62,6 +57,18 @@ impl Running {
 
     fn cancel(&self, task: Ref<Task>) -> bool {
         self.tokens.lock().get(&task).map(CancellationToken::cancel).is_some()
+    }
+}
+
+/// A task that runs here.
+pub(crate) struct Run {
+    shared: Arc<Shared>,
+    task: Ref<Task>,
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.shared.tasks.end(self.task);
     }
 }
 
@@ -122,28 +129,23 @@ pub(crate) async fn start(mut call: Call, handler: Option<Handler>, values: Vec<
     let mut change = call.transaction();
     let reference = insert(&call, &mut change, format!("Async.{}", call.message.full_name), String::new());
     change.set(reference, task::ALLOWED_OPERATIONS, vec![TaskAllowedOperations::Cancel]);
-    call.shared.tasks.start(reference, call.cancel.clone())?;
-    if let Err(error) = call.commit_as(change, Stage::Done(Value::Ref(reference.opaque()))).await {
-        call.shared.tasks.end(reference);
-        return Err(error.into());
-    }
+    // A caller that hangs up while this is committed leaves a task that nobody runs, and that is ended as such.
+    let run = Running::start(&call.shared, reference, call.cancel.clone())?;
+    call.commit_as(change, Stage::Done(Value::Ref(reference.opaque()))).await?;
     // Who repeats the call is told of the task; what comes of it is the task's.
     call.repeat = None;
     call.task = reference;
     let shared = Arc::clone(&call.shared);
     // Owned by the registry of running tasks, ended by the process's shutdown.
     tokio::spawn(async move {
+        let _running = run;
         let cancel = call.cancel.clone();
         let outcome = tokio::select! {
             outcome = guarded(dispatch::answer(&call, handler, values)) => outcome,
             () = cancel.cancelled() => refuse(errors::task_cancelled(reference)),
-            () = shared.shutdown.cancelled() => {
-                shared.tasks.end(reference);
-                return;
-            }
+            () = shared.shutdown.cancelled() => return,
         };
         settle(&call, reference, outcome).await;
-        shared.tasks.end(reference);
     });
     Ok(reference)
 }
@@ -218,7 +220,7 @@ pub(crate) async fn adopt(
     query: &[(String, String)],
     label: &str,
     cancel: CancellationToken,
-) -> Served<Ref<Task>> {
+) -> Served<(Ref<Task>, Option<Run>)> {
     let named = |name: &str| match parameter(query, name) {
         Some(text) => {
             let invalid = || Failure::Api(errors::handle_invalid(Task::NAME, text));
@@ -229,7 +231,7 @@ pub(crate) async fn adopt(
     };
     let mut change = shared.transaction();
     let reference = match (named("task_id")?, named("subtask_of")?) {
-        (Some(row), _) if row.get(task::STATUS) != TaskStatusType::Pending => return Ok(Ref::NULL),
+        (Some(row), _) if row.get(task::STATUS) != TaskStatusType::Pending => return Ok((Ref::NULL, None)),
         (Some(row), _) => {
             let reference = row.typed::<Task>();
             change.expect(reference, task::STATUS, TaskStatusType::Pending).set(reference, task::PROGRESS, 0.0);
@@ -241,15 +243,12 @@ pub(crate) async fn adopt(
             change.insert(row.with(task::SUBTASK_OF, above.typed::<Task>()));
             reference
         }
-        (None, None) => return Ok(Ref::NULL),
+        (None, None) => return Ok((Ref::NULL, None)),
     };
     change.put(reference, task::OTHER_CONFIG, HANDLED.to_owned(), label.to_owned());
-    shared.tasks.start(reference, cancel)?;
-    if let Err(error) = shared.store.commit(change).await {
-        shared.tasks.end(reference);
-        return Err(error.into());
-    }
-    Ok(reference)
+    let run = Running::start(shared, reference, cancel)?;
+    shared.store.commit(change).await?;
+    Ok((reference, Some(run)))
 }
 
 /// Ends a handler's task. A transfer has no result.
@@ -260,7 +259,6 @@ pub(crate) async fn end_transfer(shared: &Arc<Shared>, reference: Ref<Task>, out
     let mut change = shared.transaction();
     finish_transfer(&mut change, reference, outcome, shared.now());
     record_end(shared, reference, change).await;
-    shared.tasks.end(reference);
 }
 
 /// Adds the end of a handler's task to a transaction, which has no effect where the task has ended already.

@@ -3,10 +3,10 @@
 #
 #   deploy/guest/build.sh DIR
 #
-# The kernel is Debian's for clouds, the userland is Debian's static busybox; both come from the
-# machine's own package sources, are only unpacked, and nothing needs root. Running it again with
-# nothing changed does nothing. What it does is told on stderr; stdout stays empty. The guest needs at
-# least 72 MiB of memory: the kernel unpacks itself at its start, and below that it resets for ever.
+# The kernel is Debian's for clouds, the userland is Debian's static busybox and QEMU's guest agent with the
+# libraries it needs; all come from the machine's own package sources, are only unpacked, and nothing needs
+# root. Running it again with nothing changed does nothing. What it does is told on stderr; stdout stays empty.
+# The guest needs at least 88 MiB of memory: the kernel unpacks itself at its start, and below that it resets for ever.
 # XENITH_CACHE (default: ~/.cache/xenith) keeps the downloads.
 set -euo pipefail
 umask 022
@@ -15,7 +15,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 say() { echo "guest: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
-[ $# -eq 1 ] || { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -eq 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cache=${XENITH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/xenith}/guest
@@ -26,7 +26,7 @@ exec 9>"$cache/lock"
 flock 9
 
 # What the image is made of: when none of it changed since the last build, there is nothing to do.
-stamp=$(cat "$here/build.sh" "$here/init" | sha256sum | cut -c1-16)
+stamp=$(cat "$here/build.sh" "$here/init" "$here/on-lease" | sha256sum | cut -c1-16)
 if [ -s "$out/vmlinuz" ] && [ -s "$out/initrd.gz" ] && [ "$(cat "$out/.stamp" 2>/dev/null)" = "$stamp" ]; then
   say "up to date in $out"
   exit 0
@@ -69,7 +69,7 @@ vmlinuz=$(ls "$work"/kernel/boot/vmlinuz-*)
 modules=$(ls -d "$work"/kernel/lib/modules/*/kernel)
 
 root=$work/root
-mkdir -p "$root/bin" "$root/modules"
+mkdir -p "$root/bin" "$root/etc" "$root/lib" "$root/lib64" "$root/modules"
 busybox=$(command -v busybox || true)
 # Only a static one runs without the machine's libraries.
 if [ -n "$busybox" ] && ! ldd "$busybox" >/dev/null 2>&1; then
@@ -82,14 +82,46 @@ chmod 755 "$root/bin/busybox"
 ln -s busybox "$root/bin/sh"
 install -m 755 "$here/init" "$root/init"
 
-# Buttons first; then what the next disks and NICs need. A module that this kernel has built in is not there, and not missed.
-for module in acpi/button input/evdev virtio/virtio virtio/virtio_ring virtio/virtio_pci_legacy_dev \
-  virtio/virtio_pci_modern_dev virtio/virtio_pci virtio/virtio_balloon block/virtio_blk net/net_failover \
-  net/virtio_net char/virtio_console misc/pvpanic/pvpanic misc/pvpanic/pvpanic-pci; do
-  file=$modules/drivers/$module.ko
-  [ ! -f "$file" ] || cp "$file" "$root/modules/"
+install -m 755 "$here/on-lease" "$root/bin/on-lease"
+printf 'ID=xenith-guest\nNAME="Xenith guest"\nVERSION_ID=1\nPRETTY_NAME="Xenith guest 1"\n' >"$root/etc/os-release"
+
+# The guest agent: its program, the libraries that it names, theirs, and the loader of them all.
+for package in qemu-guest-agent libc6 libglib2.0-0 libnuma1 libpcre2-8-0 libudev1 liburing2; do
+  unpack "$work/agent" "${package}_*.deb" "echo $package"
 done
-[ ! -f "$modules/net/core/failover.ko" ] || cp "$modules/net/core/failover.ko" "$root/modules/"
+cp "$work/agent/usr/sbin/qemu-ga" "$root/bin/qemu-ga"
+cp -L "$work/agent/lib64/ld-linux-x86-64.so.2" "$root/lib64/"
+libraries() { # FILE: the libraries that it asks for, by the names that end so in its string table
+  LC_ALL=C grep -aoE 'lib[a-z0-9_+-]+(-[0-9.]+)?\.so\.[0-9]+' "$1" | grep -v '^libnss' | sort -u
+}
+add_libraries() {
+  local name from
+  for name in $(libraries "$1"); do
+    [ ! -e "$root/lib/$name" ] || continue
+    from=$(find "$work/agent" -name "$name" | head -n 1)
+    [ -n "$from" ] || continue
+    cp -L "$from" "$root/lib/$name"
+    add_libraries "$root/lib/$name"
+  done
+}
+add_libraries "$root/bin/qemu-ga"
+
+# What the modules need is said in the modules; those that this kernel has built in are not there, and not missed.
+depends() { tr '\0' '\n' <"$1" | sed -n 's/^depends=//p' | tr ',-' ' _'; }
+add_module() { # LIST NAME: the module with all it needs, those first
+  local file needed
+  [ ! -f "$root/modules/$2.ko" ] || return 0
+  file=$(find "$modules" -name "$2.ko" -o -name "${2//_/-}.ko" | head -n 1)
+  [ -n "$file" ] || return 0
+  cp "$file" "$root/modules/$2.ko"
+  for needed in $(depends "$file"); do add_module "$1" "$needed"; done
+  echo "$2" >>"$root/modules/$1"
+}
+for module in button evdev; do add_module first "$module"; done
+for module in virtio_pci virtio_blk virtio_net virtio_balloon virtio_console pvpanic_pci pvpanic; do
+  add_module early "$module"
+done
+for module in ata_piix sr_mod isofs; do add_module late "$module"; done
 for needed in button evdev; do
   [ -f "$root/modules/$needed.ko" ] || grep -q "drivers/.*/$needed.ko" "${modules%/kernel}/modules.builtin" 2>/dev/null \
     || fail "this kernel has no $needed module: the guest would not hear its power button"

@@ -1,23 +1,28 @@
 //! Calls to hosts that are not of this pool: JSON-RPC over HTTPS.
 //!
-//! Nothing is known of such a host but its address and an account on it, so its certificate proves nothing and is not
-//! asked to: who joins a pool by address and password trusts the network between them, as clients that log in do.
+//! What such a host has to show is the caller's to say ([`Trust`]): a certificate of an authority that the pool was given,
+//! or, where it was given none, the one that it showed first. Whoever joins a pool by address and password, and has
+//! nothing to verify the first contact by, trusts the network between them for that one moment.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
-use controller::{Abroad, AskError};
+use controller::{Abroad, AskError, Trust};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::Request;
 use hyper::client::conn::http1;
 use hyper::header::{CONTENT_TYPE, HOST, USER_AGENT};
 use hyper_util::rt::TokioIo;
+use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
-use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, UnixTime};
 use serde_json::{Value as Json, json};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -30,37 +35,56 @@ const LARGEST_ANSWER: usize = 16 << 20;
 pub struct HttpsAbroad {
     /// Where an address has no port.
     port: u16,
-    tls: TlsConnector,
+    provider: Arc<CryptoProvider>,
+}
+
+type Stream = tokio_rustls::client::TlsStream<TcpStream>;
+
+fn broken(address: &str, error: impl std::fmt::Display) -> AskError {
+    AskError::Connection(format!("{address}: {error}"))
 }
 
 impl HttpsAbroad {
     /// Calls on this port where an address names none.
-    ///
-    /// # Errors
-    /// When TLS cannot be set up.
-    pub fn new(port: u16) -> Result<Self, rustls::Error> {
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let verifier = Arc::new(Anybody(Arc::clone(&provider)));
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .dangerous()
-            .with_custom_certificate_verifier(verifier)
-            .with_no_client_auth();
-        Ok(Self { port, tls: TlsConnector::from(Arc::new(config)) })
+    #[must_use]
+    pub fn new(port: u16) -> Self {
+        Self { port, provider: Arc::new(rustls::crypto::aws_lc_rs::default_provider()) }
     }
 
-    async fn exchange(&self, address: &str, body: Vec<u8>) -> Result<Bytes, AskError> {
-        let broken = |error: &dyn std::fmt::Display| AskError::Connection(format!("{address}: {error}"));
+    /// A connection to who is at an address and has shown what it must.
+    async fn connect(&self, trust: &Trust, address: &str) -> Result<Stream, AskError> {
+        let failed = |error: &dyn std::fmt::Display| broken(address, error);
+        let unusable = |error: &dyn std::fmt::Display| AskError::Untrusted(format!("{address}: {error}"));
+        let verifier = Verifier::new(Arc::clone(&self.provider), trust, address).map_err(|error| unusable(&error))?;
+        let config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_safe_default_protocol_versions()
+            .map_err(|error| unusable(&error))?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_no_client_auth();
         let (host, port) = split(address, self.port);
         let connect = async {
-            let stream = TcpStream::connect((host, port)).await.map_err(|error| broken(&error))?;
-            let name = ServerName::try_from(host.to_owned()).map_err(|error| broken(&error))?;
-            self.tls.connect(name, stream).await.map_err(|error| broken(&error))
+            let stream = TcpStream::connect((host, port)).await.map_err(|error| failed(&error))?;
+            let name = ServerName::try_from(host.to_owned()).map_err(|error| failed(&error))?;
+            let connected = TlsConnector::from(Arc::new(config)).connect(name, stream).await;
+            connected.map_err(|error| match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+                Some(rustls::Error::InvalidCertificate(reason)) => unusable(&format!("{reason:?}")),
+                _ => failed(&error),
+            })
         };
-        let stream = tokio::time::timeout(CONNECT_LIMIT, connect).await.map_err(|error| broken(&error))??;
+        let stream = tokio::time::timeout(CONNECT_LIMIT, connect).await.map_err(|error| failed(&error))??;
+        if let Some(shown) = first_certificate(&stream) {
+            trust.first(address, shown);
+        }
+        Ok(stream)
+    }
+
+    async fn exchange(&self, trust: &Trust, address: &str, body: Vec<u8>) -> Result<Bytes, AskError> {
+        let broken = |error: &dyn std::fmt::Display| broken(address, error);
+        let stream = self.connect(trust, address).await?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
         let request = Request::post("/jsonrpc")
-            .header(HOST, host)
+            .header(HOST, split(address, self.port).0)
             .header(USER_AGENT, "xenith")
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body)))
@@ -89,6 +113,10 @@ impl HttpsAbroad {
     }
 }
 
+fn first_certificate(stream: &Stream) -> Option<&CertificateDer<'static>> {
+    stream.get_ref().1.peer_certificates()?.first()
+}
+
 /// `host`, `host:port`, `[v6]:port` or a bare IPv6 address.
 fn split(address: &str, port: u16) -> (&str, u16) {
     if let Some(rest) = address.strip_prefix('[')
@@ -104,9 +132,9 @@ fn split(address: &str, port: u16) -> (&str, u16) {
 
 #[async_trait]
 impl Abroad for HttpsAbroad {
-    async fn ask(&self, address: &str, method: &str, params: Vec<Json>) -> Result<Json, AskError> {
+    async fn ask(&self, trust: &Trust, address: &str, method: &str, params: Vec<Json>) -> Result<Json, AskError> {
         let body = json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
-        let bytes = self.exchange(address, body.to_string().into_bytes()).await?;
+        let bytes = self.exchange(trust, address, body.to_string().into_bytes()).await?;
         let mut answer: Json = serde_json::from_slice(&bytes)
             .map_err(|error| AskError::Service(format!("{address}: no JSON: {error}")))?;
         if let Some(result) = answer.get_mut("result").filter(|result| !result.is_null()) {
@@ -119,21 +147,72 @@ impl Abroad for HttpsAbroad {
         let params = params.filter_map(|param| param.as_str().map(str::to_owned));
         Err(AskError::Refused(std::iter::once(code.to_owned()).chain(params).collect()))
     }
+
+    async fn certificate(&self, trust: &Trust, address: &str) -> Result<String, AskError> {
+        let stream = self.connect(trust, address).await?;
+        let shown = first_certificate(&stream).ok_or_else(|| broken(address, "it shows no certificate"))?;
+        Ok(pem(shown))
+    }
 }
 
-/// Takes every certificate for what it says; signatures of the handshake are checked all the same.
-#[derive(Debug)]
-struct Anybody(Arc<CryptoProvider>);
+/// As texts have it: base 64 in lines of 64 letters.
+fn pem(certificate: &[u8]) -> String {
+    let letters = BASE64.encode(certificate);
+    let lines = letters.as_bytes().chunks(64).map(String::from_utf8_lossy);
+    let lines: Vec<_> = lines.collect();
+    format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
+}
 
-impl ServerCertVerifier for Anybody {
+/// Believes a certificate of the authorities that there are, and of nobody who showed another one before. Signatures of
+/// the handshake are always checked: whoever shows a certificate has its key.
+#[derive(Debug)]
+struct Verifier {
+    provider: Arc<CryptoProvider>,
+    authorities: Option<Arc<WebPkiServerVerifier>>,
+    shown: Option<Vec<u8>>,
+}
+
+impl Verifier {
+    fn new(provider: Arc<CryptoProvider>, trust: &Trust, address: &str) -> Result<Self, String> {
+        let shown = trust.shown_by(address);
+        if trust.authorities().is_empty() {
+            return Ok(Self { provider, authorities: None, shown });
+        }
+        let mut roots = RootCertStore::empty();
+        for text in trust.authorities() {
+            for certificate in CertificateDer::pem_slice_iter(text.as_bytes()) {
+                let certificate = certificate.map_err(|error| format!("an authority's certificate: {error}"))?;
+                roots.add(certificate).map_err(|error| format!("an authority's certificate: {error}"))?;
+            }
+        }
+        let lists = trust.revoked().iter().map(|text| CertificateRevocationListDer::from_pem_slice(text.as_bytes()));
+        let lists: Vec<_> = lists.collect::<Result<_, _>>().map_err(|error| format!("a revocation list: {error}"))?;
+        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
+            .with_crls(lists)
+            // Not every authority keeps a list.
+            .allow_unknown_revocation_status()
+            .build()
+            .map_err(|error| error.to_string())?;
+        Ok(Self { provider, authorities: Some(verifier), shown })
+    }
+}
+
+impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
+        certificate: &CertificateDer<'_>,
+        chain: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        stapled: &[u8],
+        now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        if let Some(authorities) = &self.authorities {
+            authorities.verify_server_cert(certificate, chain, name, stapled, now)?;
+        }
+        if self.shown.as_deref().is_some_and(|shown| shown != certificate.as_ref()) {
+            // Somebody else is there than a moment ago.
+            return Err(rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure));
+        }
         Ok(ServerCertVerified::assertion())
     }
 
@@ -147,7 +226,7 @@ impl ServerCertVerifier for Anybody {
             message,
             certificate,
             signature,
-            &self.0.signature_verification_algorithms,
+            &self.provider.signature_verification_algorithms,
         )
     }
 
@@ -161,12 +240,12 @@ impl ServerCertVerifier for Anybody {
             message,
             certificate,
             signature,
-            &self.0.signature_verification_algorithms,
+            &self.provider.signature_verification_algorithms,
         )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use controller::{Caller, Controller, Declined, Inquiry, OWN_KEY, Opened, Refusal, Reply, Request};
+use controller::{Caller, Controller, Declined, Inquiry, Knock, OWN_KEY, Opened, Refusal, Reply, Request, Tunnel};
 use datamodel::{ApiError, encode, errors, model};
 use futures::FutureExt;
 use raft_store::Member;
@@ -37,6 +37,9 @@ pub trait Calls: Send + Sync + 'static {
     /// Serves a request of a handler, or says who can.
     async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined>;
 
+    /// Opens a console. Any host does, whoever is the master.
+    async fn connect(&self, knock: Knock) -> Result<Tunnel, Declined>;
+
     /// Waits until another than that member is the master.
     async fn replaced(&self, member: &Member);
 }
@@ -49,6 +52,10 @@ impl Calls for Controller {
 
     async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {
         Self::open(self, inquiry).await
+    }
+
+    async fn connect(&self, knock: Knock) -> Result<Tunnel, Declined> {
+        Self::connect(self, knock).await
     }
 
     async fn replaced(&self, member: &Member) {

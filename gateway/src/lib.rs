@@ -10,6 +10,7 @@ mod forward;
 mod http;
 mod jsonrpc;
 mod listen;
+mod members;
 mod tls;
 mod xmlrpc;
 
@@ -17,4 +18,5 @@ pub use abroad::HttpsAbroad;
 pub use calls::Calls;
 pub use forward::{ForwardClient, forward_service};
 pub use listen::{Gateway, GatewayConfig, GatewayError};
+pub use members::{PeersByGrpc, members_service};
 pub use tls::{TlsError, TlsFiles};

@@ -232,6 +232,13 @@ async fn connection(shared: Shared, mut stream: impl AsyncRead + AsyncWrite + Un
     let seen = match opening {
         None => return,
         Some(Opening::Usual(seen)) => seen,
+        Some(Opening::Tunnel(head, begun)) => {
+            tokio::select! {
+                () = http::tunnel::serve(&site, &origin, &head, begun, stream) => {}
+                () = shared.shutdown.cancelled() => tracing::debug!("a console was cut off"),
+            }
+            return;
+        }
         Some(Opening::Endless(head, begun)) => {
             tokio::select! {
                 () = raw::serve(&site, &origin, &head, begun, stream) => {}

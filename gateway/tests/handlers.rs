@@ -210,3 +210,33 @@ async fn paths_are_matched_by_method_and_by_their_longest_beginning() {
         assert_eq!(answer.ends_with("\r\n\r\n"), request.starts_with("HEAD"), "{request}: {answer}");
     }
 }
+
+#[tokio::test]
+async fn a_console_is_connected_to_and_then_belongs_to_its_client() {
+    let running = Running::plain().await;
+    let mut stream = TcpStream::connect(running.gateway.plain[0]).await.unwrap();
+    // As old clients ask: the target is a path, the session a cookie, and the first bytes may come with the head.
+    let head = "CONNECT /console?uuid=1 HTTP/1.0\r\nCookie: session_id=s\r\n\r\nRFB 003.008\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let answer = until(&mut stream, "RFB 003.008\n").await;
+    assert!(answer.starts_with("HTTP/1.0 200 OK\r\n"), "{answer}");
+    stream.write_all(b"more").await.unwrap();
+    assert_eq!(until(&mut stream, "more").await, "more");
+    stream.shutdown().await.unwrap();
+    assert_eq!(rest(&mut stream).await, "");
+}
+
+#[tokio::test]
+async fn a_console_that_is_not_there_or_not_for_the_caller_is_refused_by_its_status() {
+    let running = Running::plain().await;
+    for (target, cookie, status) in [
+        ("/console?uuid=1", "", "401"),
+        ("/console", "Cookie: session_id=s\r\n", "404"),
+        ("/elsewhere?uuid=1", "Cookie: session_id=s\r\n", "404"),
+    ] {
+        let mut stream = TcpStream::connect(running.gateway.plain[0]).await.unwrap();
+        stream.write_all(format!("CONNECT {target} HTTP/1.1\r\n{cookie}\r\n").as_bytes()).await.unwrap();
+        let answer = rest(&mut stream).await;
+        assert!(answer.starts_with(&format!("HTTP/1.0 {status} ")), "{target}: {answer}");
+    }
+}

@@ -8,12 +8,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gateway::{Calls, ForwardClient, Gateway};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::aws_lc_rs;
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
 use rustls::version::{TLS12, TLS13};
-use rustls::{ClientConfig, DigitallySignedStruct, ProtocolVersion, SignatureScheme, SupportedProtocolVersion};
+use rustls::{ClientConfig, ProtocolVersion, RootCertStore, SignatureScheme, SupportedProtocolVersion};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls_pki_types::{CertificateDer, ServerName};
 use support::{LARGEST_BODY, PATIENCE, Running, Stub, Wire, call, failure, response, success};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -523,55 +522,32 @@ async fn an_address_in_use_is_named() {
     assert!(error.to_string().contains(&taken.local_addr().unwrap().to_string()), "{error}");
 }
 
-/// A client that trusts whatever it is shown, and keeps it.
-#[derive(Debug)]
-struct Trusting;
-
-impl ServerCertVerifier for Trusting {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let known = aws_lc_rs::default_provider().signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signed, &known)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let known = aws_lc_rs::default_provider().signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, &known)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        // RSA alone: an ECDSA certificate ends the handshake.
-        use SignatureScheme::{RSA_PKCS1_SHA256, RSA_PKCS1_SHA384, RSA_PSS_SHA256, RSA_PSS_SHA384, RSA_PSS_SHA512};
-        vec![RSA_PSS_SHA256, RSA_PSS_SHA384, RSA_PSS_SHA512, RSA_PKCS1_SHA256, RSA_PKCS1_SHA384]
-    }
+/// What one of the published clients knows under TLS 1.2: RSA alone. An ECDSA certificate ends the handshake.
+fn knows_rsa_alone() -> CryptoProvider {
+    use SignatureScheme::{RSA_PKCS1_SHA256, RSA_PKCS1_SHA384, RSA_PSS_SHA256, RSA_PSS_SHA384, RSA_PSS_SHA512};
+    let rsa = [RSA_PSS_SHA256, RSA_PSS_SHA384, RSA_PSS_SHA512, RSA_PKCS1_SHA256, RSA_PKCS1_SHA384];
+    let mut provider = aws_lc_rs::default_provider();
+    let known = provider.signature_verification_algorithms;
+    let mapping: Vec<_> = known.mapping.iter().copied().filter(|(scheme, _)| rsa.contains(scheme)).collect();
+    provider.signature_verification_algorithms = WebPkiSupportedAlgorithms { mapping: mapping.leak(), ..known };
+    provider
 }
 
 async fn over_tls(running: &Running, version: &'static SupportedProtocolVersion) -> Wire<TlsStream<TcpStream>> {
-    let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+    trusting(&running.directory.path().join("made/certificate.pem"), running, version).await
+}
+
+async fn trusting(
+    made: &Path,
+    running: &Running,
+    version: &'static SupportedProtocolVersion,
+) -> Wire<TlsStream<TcpStream>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(made).unwrap()).unwrap();
+    let config = ClientConfig::builder_with_provider(Arc::new(knows_rsa_alone()))
         .with_protocol_versions(&[version])
         .unwrap()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Trusting))
+        .with_root_certificates(roots)
         .with_no_client_auth();
     let stream = TcpStream::connect(running.gateway.tls[0]).await.unwrap();
     // By address: such a client sends no server name.
@@ -630,7 +606,8 @@ async fn the_key_is_the_owners_alone_and_both_files_outlive_a_restart() {
     })
     .await;
     assert_eq!(read(), first);
-    assert_eq!(over_tls(&again, &TLS12).await.post("/", call("void", "")).await.status, 200);
+    let mut wire = trusting(&made.join("certificate.pem"), &again, &TLS12).await;
+    assert_eq!(wire.post("/", call("void", "")).await.status, 200);
 }
 
 #[tokio::test]

@@ -17,11 +17,13 @@ use tonic::transport::Server;
 
 use crate::config::Config;
 use crate::facts::Host;
+use crate::hypervisor::sim::Faults;
 use crate::hypervisor::{self, OpenError, Site};
 use crate::identity::{self, Identity};
 use crate::ledger::{Ledger, REMEMBERED};
 use crate::service::Service;
-use crate::steps::Steps;
+use crate::steps::{Domains, Steps};
+use crate::storage::{self, Programs, Stores};
 
 /// A master that is gone without a word is noticed after this long.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
@@ -104,10 +106,23 @@ impl Agent {
         let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
         let address = listener.local_addr().map_err(listen)?;
         let incoming = identity::incoming(listener, Arc::clone(&identity), &tasks, shutdown.clone());
-        let steps = Steps::new(hypervisor.clone(), ledger, config.pool, tasks.clone(), shutdown.clone());
         let features = hypervisor.features();
+        let stores = Stores::open(storage::Site {
+            state_dir: config.state_dir.clone(),
+            storage_dir: config.stores_below(),
+            boot_id: host.boot_id.clone(),
+            simulated: config.stores_simulated(features.name),
+            faults: Arc::new(Faults::open(&config.state_dir, "sim-stores")),
+            programs: Programs::new(config.programs.clone()),
+            users: Arc::new(Domains(Arc::clone(&hypervisor))),
+            tasks: tasks.clone(),
+            shutdown: shutdown.clone(),
+        })
+        .map_err(state)?;
+        let attached = stores.count();
+        let steps = Steps::new(hypervisor.clone(), stores, ledger, config.pool, tasks.clone(), shutdown.clone());
         tracing::info!(%address, driver = features.name, version = features.version, accelerator = features.accelerator,
-            domains = hypervisor.roster().list().len(), "the agent serves");
+            domains = hypervisor.roster().list().len(), stores = attached, "the agent serves");
         let service =
             Service { config, host, identity, hypervisor, steps, tasks: tasks.clone(), shutdown: shutdown.clone() };
         let server = Server::builder()

@@ -50,6 +50,45 @@ pub struct Config {
     /// each its own and changes it when it cuts the host's power.
     #[serde(default = "boot_id_path")]
     pub boot_id_path: PathBuf,
+    /// Where stores are whose `device_config["location"]` is no absolute path, such as the pool's first ones, "local"
+    /// and "shared"; none: below `state_dir`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage_dir: Option<PathBuf>,
+    /// Which drivers stores have.
+    #[serde(default)]
+    pub stores: StoreChoice,
+    /// Directory of programs that are run instead of those of the same names on the path (qemu-img, mount, lvs, …).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub programs: Option<PathBuf>,
+}
+
+impl Config {
+    /// Where stores whose location is no absolute path are.
+    pub fn stores_below(&self) -> PathBuf {
+        self.storage_dir.clone().unwrap_or_else(|| self.state_dir.join("storage"))
+    }
+
+    /// Whether stores are simulated, beside a hypervisor of this name.
+    pub fn stores_simulated(&self, hypervisor: &str) -> bool {
+        match self.stores {
+            StoreChoice::Auto => hypervisor == "sim",
+            StoreChoice::Real => false,
+            StoreChoice::Sim => true,
+        }
+    }
+}
+
+/// Which drivers stores have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoreChoice {
+    /// Simulated ones beside the simulated hypervisor, else those of their types.
+    #[default]
+    Auto,
+    /// Those of their types.
+    Real,
+    /// Simulated ones, whatever their types.
+    Sim,
 }
 
 /// PEM files for mutual TLS.

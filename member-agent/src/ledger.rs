@@ -21,21 +21,43 @@ use uuid::Uuid;
 
 use crate::files::{self, Durability};
 use crate::hypervisor::domain::{DomainState, Refusal, StepKind};
+use crate::storage::words::{StoreState, VolumeState};
 
 /// How many steps are remembered, by default.
 pub(crate) const REMEMBERED: usize = 4096;
-const FORMAT: u32 = 1;
+/// 2: steps have numbers, and are of stores and volumes too.
+const FORMAT: u32 = 2;
 const QUEUE: usize = 1024;
 
 /// What came of a step.
-pub(crate) type Outcome = Result<DomainState, Refusal>;
+pub(crate) type Outcome = Result<Done, Refusal>;
+
+/// What a step was about, as it is afterwards.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Done {
+    Domain(Box<DomainState>),
+    Store(StoreState),
+    Volume(VolumeState),
+}
+
+impl From<DomainState> for Done {
+    fn from(state: DomainState) -> Self {
+        Self::Domain(Box::new(state))
+    }
+}
 
 /// One step of one operation.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct StepKey {
     pub operation: String,
-    pub vm: Uuid,
+    /// What it is about: a VM, an SR or a VDI.
+    #[serde(rename = "vm")]
+    pub subject: Uuid,
     pub kind: StepKind,
+    /// An operation has several steps of a kind.
+    #[serde(default)]
+    pub number: u32,
 }
 
 /// What is known of a step that came before.
@@ -270,7 +292,12 @@ mod tests {
     use crate::hypervisor::domain::Reason;
 
     fn step(number: u128) -> StepKey {
-        StepKey { operation: format!("operation-{number}"), vm: Uuid::from_u128(number), kind: StepKind::Start }
+        StepKey {
+            operation: format!("operation-{number}"),
+            subject: Uuid::from_u128(number),
+            kind: StepKind::Start,
+            number: 0,
+        }
     }
 
     fn open(dir: &Path, limit: usize) -> Ledger {
@@ -336,5 +363,40 @@ mod tests {
         assert_eq!(open(dir.path(), 8).admit("a", 6).await.expect("written"), Err(7));
         fs::write(&path, format!("{good}junk\n{good}")).expect("write");
         assert!(Ledger::open(dir.path(), 8, &TaskTracker::new()).is_err());
+    }
+
+    #[tokio::test]
+    async fn what_was_written_before_steps_had_numbers_is_understood() {
+        let dir = tempfile::tempdir().expect("directory");
+        let vm = Uuid::from_u128(1);
+        let state = serde_json::to_string(&DomainState::halted(vm, "operation-1", "")).expect("JSON");
+        let step = format!("{{\"operation\":\"operation-1\",\"vm\":\"{vm}\",\"kind\":\"start\"}}");
+        let done = format!("{{\"done\":{{\"step\":{step},\"outcome\":{{\"Ok\":{state}}}}}}}");
+        fs::write(dir.path().join("ledger.jsonl"), format!("{{\"format\":1}}\n{done}\n")).expect("write");
+        let outcome = Past::Done(Ok(DomainState::halted(vm, "operation-1", "").into()));
+        assert_eq!(open(dir.path(), 8).past(&step_of(vm)), Some(outcome));
+    }
+
+    #[tokio::test]
+    async fn volumes_and_stores_are_told_apart_from_domains() {
+        let dir = tempfile::tempdir().expect("directory");
+        let ledger = open(dir.path(), 10);
+        let outcomes = [
+            Done::Store(StoreState::of(Uuid::from_u128(1))),
+            Done::Volume(VolumeState { vdi: Some(Uuid::from_u128(1)), ..VolumeState::default() }),
+            DomainState::halted(Uuid::from_u128(1), "", "").into(),
+        ];
+        for (number, done) in (0..).zip(outcomes.clone()) {
+            ledger.conclude(&step(number), &Ok(done)).await.expect("written");
+        }
+        drop(ledger);
+        let ledger = open(dir.path(), 10);
+        for (number, done) in (0..).zip(outcomes) {
+            assert_eq!(ledger.past(&step(number)), Some(Past::Done(Ok(done))));
+        }
+    }
+
+    fn step_of(vm: Uuid) -> StepKey {
+        StepKey { subject: vm, ..step(1) }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   master ──gRPC, mutual TLS──► service ─► steps ─► hypervisor/{qemu, sim}
+//!                                             ├────► storage/{file, ext, nfs, lvm, iso, udev, sim}
 //!                                             └────► ledger (epochs and outcomes, on disk)
 //! ```
 //!
@@ -15,14 +16,17 @@
 
 mod agent;
 mod config;
+mod console;
 mod facts;
 mod files;
 pub mod hypervisor;
 mod identity;
 mod ledger;
 mod service;
+pub mod step;
 mod steps;
+mod storage;
 mod wire;
 
 pub use agent::{Agent, StartError};
-pub use config::{AcceleratorChoice, Config, NicSource, TlsFiles};
+pub use config::{AcceleratorChoice, Config, NicSource, StoreChoice, TlsFiles};

@@ -14,20 +14,24 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
 use crate::config::Config;
+use crate::console;
 use crate::facts::Host;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::domain::Refusal;
 use crate::hypervisor::roster::Feed;
 use crate::identity::Identity;
 use crate::steps::{Authority, StepError, Steps};
+use crate::storage::Stores;
 use crate::wire as words;
 
 /// The version of the protocol this agent speaks.
 const VERSION: u32 = 1;
+/// Who wants a console says which within this.
+const FIRST_LIMIT: Duration = Duration::from_secs(3);
 /// A watcher hears at least this often.
 const BEAT: Duration = Duration::from_millis(500);
 
@@ -61,6 +65,26 @@ impl Service {
 impl AgentCalls for Service {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::AgentEvent, Status>> + Send>>;
 
+    type OpenConsoleStream = Pin<Box<dyn Stream<Item = Result<wire::ConsoleBytes, Status>> + Send>>;
+
+    async fn open_console(
+        &self,
+        request: Request<Streaming<wire::ConsoleBytes>>,
+    ) -> Result<Response<Self::OpenConsoleStream>, Status> {
+        self.identity.check(&request)?;
+        let mut typed = request.into_inner();
+        let first = tokio::time::timeout(FIRST_LIMIT, typed.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("which console?"))??;
+        let name = first.and_then(|first| first.console);
+        let name = name.ok_or_else(|| Status::invalid_argument("the first message says which console"))?;
+        let vm = words::subject(&name.vm)?;
+        let domain = self.hypervisor.roster().get(vm).ok_or_else(|| Status::not_found("no such domain"))?;
+        let stream = console::connect(&domain, &name.protocol).await?;
+        let (shown, told) = mpsc::channel(console::WAITING_PIECES);
+        self.tasks.spawn(console::through(stream, typed, shown, self.shutdown.clone()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(told))))
+    }
+
     async fn hello(&self, request: Request<wire::HelloRequest>) -> Result<Response<wire::HelloReply>, Status> {
         self.identity.check(&request)?;
         let hello = request.into_inner();
@@ -68,6 +92,7 @@ impl AgentCalls for Service {
         let features = self.hypervisor.features();
         let mut names = vec![format!("hypervisor:{}", features.name)];
         names.extend(features.abilities.iter().map(|ability| (*ability).to_owned()));
+        names.extend(Stores::drivers().map(|driver| format!("storage:{driver}")));
         let (certificate, authorities) = self.identity.shown();
         Ok(Response::new(wire::HelloReply {
             version: VERSION,
@@ -85,11 +110,11 @@ impl AgentCalls for Service {
         if step.operation.is_empty() {
             return Err(Status::invalid_argument("a step needs the id of its operation"));
         }
-        let vm = words::vm(&step.vm)?;
-        let deed = words::deed(vm, step.action)?;
+        let subject = words::subject(&step.vm)?;
+        let deed = words::deed(subject, step.action)?;
         let authority = Authority { pool: step.pool, epoch: step.epoch };
-        let span = tracing::info_span!("step", operation = step.operation, %vm, traceparent = step.traceparent);
-        let performed = self.steps.perform(&authority, step.operation, vm, deed).instrument(span);
+        let span = tracing::info_span!("step", operation = step.operation, %subject, traceparent = step.traceparent);
+        let performed = self.steps.perform(&authority, step.operation, subject, step.number, deed).instrument(span);
         let outcome = performed.await.map_err(unavailable)?;
         Ok(Response::new(words::outcome(outcome)))
     }

@@ -1,9 +1,11 @@
 //! A step is fenced by its epoch, and done at most once.
 //!
-//! The name of a step is (operation, VM, kind). The first time it comes it is noted, done by a task of its own, so
+//! The name of a step is (operation, subject, kind, number). The first time it comes it is noted, done by a task of its own, so
 //! that a master that goes away does not leave it half done, and its outcome is kept. Whoever repeats it waits for,
 //! or gets, the same outcome. A step that a former agent began and did not conclude is done again, and then the
-//! domain itself tells what had been done before.
+//! domain or the store itself tells what had been done before. What only looks is done as often as it is asked for.
+
+mod stores;
 
 use std::collections::HashMap;
 use std::io;
@@ -18,9 +20,12 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use crate::hypervisor::Hypervisor;
-use crate::hypervisor::domain::{DomainState, Reason, Refusal};
-use crate::ledger::{Ledger, Outcome, Past, StepKey};
+use crate::hypervisor::domain::{DomainState, Medium, Reason, Refusal};
+use crate::ledger::{Done, Ledger, Outcome, Past, StepKey};
+use crate::storage::Stores;
+use crate::storage::words::Access;
 use crate::wire::Deed;
+pub(crate) use stores::Domains;
 
 /// A step could be neither done nor refused: it may be repeated.
 #[derive(Debug, Error)]
@@ -43,6 +48,7 @@ pub(crate) struct Authority {
 /// Does steps.
 pub(crate) struct Steps {
     hypervisor: Arc<dyn Hypervisor>,
+    stores: Stores,
     ledger: Ledger,
     pool: Option<Uuid>,
     running: Mutex<HashMap<StepKey, watch::Receiver<Option<Outcome>>>>,
@@ -51,15 +57,16 @@ pub(crate) struct Steps {
 }
 
 impl Steps {
-    /// Steps on a hypervisor, for one pool or for any.
+    /// Steps on a hypervisor and on stores, for one pool or for any.
     pub fn new(
         hypervisor: Arc<dyn Hypervisor>,
+        stores: Stores,
         ledger: Ledger,
         pool: Option<Uuid>,
         tasks: TaskTracker,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
-        Arc::new(Self { hypervisor, ledger, pool, running: Mutex::default(), tasks, shutdown })
+        Arc::new(Self { hypervisor, stores, ledger, pool, running: Mutex::default(), tasks, shutdown })
     }
 
     /// Refuses a master that is not this pool's newest.
@@ -80,13 +87,14 @@ impl Steps {
         self: &Arc<Self>,
         authority: &Authority,
         operation: String,
-        vm: Uuid,
+        subject: Uuid,
+        number: u32,
         deed: Deed,
     ) -> Result<Outcome, StepError> {
         if let Err(refusal) = self.admit(authority).await? {
             return Ok(Err(refusal));
         }
-        let step = StepKey { operation, vm, kind: deed.kind() };
+        let step = StepKey { operation, subject, kind: deed.kind(), number };
         let mut outcome = match self.begin_or_join(&step, deed) {
             Ok(known) => return Ok(known),
             Err(running) => running,
@@ -130,18 +138,24 @@ impl Steps {
     }
 
     async fn begin_and_conclude(&self, step: &StepKey, deed: Deed, again: bool) -> io::Result<Outcome> {
+        if step.kind.looks() {
+            return Ok(self.carry_out(step, deed, again).await);
+        }
         self.ledger.begin(step).await?;
         tracing::info!(kind = ?step.kind, again, "step begins");
-        let spec = match &deed {
-            Deed::Reboot(reboot) => reboot.spec.clone(),
+        let start = match &deed {
+            Deed::Reboot { reboot, volumes } => reboot.spec.clone().map(|spec| (spec, volumes.clone())),
             _ => None,
         };
-        let mut outcome = self.carry_out(step, deed).await;
+        let mut outcome = self.carry_out(step, deed, again).await;
         if again && let Err(refusal) = &outcome {
             let refusal = refusal.clone();
-            outcome = match (refusal.reason, spec) {
+            outcome = match (refusal.reason, start) {
                 // Between going and coming again the agent died.
-                (Reason::NoSuchDomain, Some(spec)) => self.hypervisor.start(spec, false, &step.operation).await,
+                (Reason::NoSuchDomain, Some((spec, volumes))) => {
+                    let start = Deed::Start { spec: Box::new(spec), volumes, paused: false };
+                    self.carry_out(step, start, again).await
+                }
                 _ => self.what_it_did(step).ok_or(refusal),
             };
         }
@@ -152,30 +166,69 @@ impl Steps {
         Ok(outcome)
     }
 
-    async fn carry_out(&self, step: &StepKey, deed: Deed) -> Outcome {
-        let (vm, by) = (step.vm, step.operation.as_str());
-        match deed {
-            Deed::Start { spec, paused } => self.hypervisor.start(*spec, paused, by).await,
+    async fn carry_out(&self, step: &StepKey, deed: Deed, again: bool) -> Outcome {
+        let (vm, by) = (step.subject, step.operation.as_str());
+        // What is open for a domain is held until the hypervisor has it open, or does not want it.
+        let state = match deed {
+            Deed::Start { mut spec, volumes, paused } => {
+                let _held = self.open_disks(vm, &mut spec.disks, &volumes).await?;
+                self.hypervisor.start(*spec, paused, by).await
+            }
             Deed::Destroy => self.hypervisor.destroy(vm, by).await,
             Deed::Pause => self.hypervisor.pause(vm, by).await,
             Deed::Unpause => self.hypervisor.unpause(vm, by).await,
             Deed::Shutdown { limit } => self.hypervisor.shutdown(vm, limit, by).await,
-            Deed::Reboot(reboot) => self.hypervisor.reboot(vm, *reboot, by).await,
-        }
+            Deed::Reboot { mut reboot, volumes } => {
+                let disks = reboot.spec.as_mut().map(|spec| spec.disks.as_mut_slice());
+                let _held = self.open_disks(vm, disks.unwrap_or_default(), &volumes).await?;
+                self.hypervisor.reboot(vm, *reboot, by).await
+            }
+            Deed::Suspend { into, keep_running } => {
+                let image = self.open_volume(&into, Access { read_only: false, sharable: false, vm: None }).await?;
+                self.hypervisor.suspend(vm, &image.source.path, keep_running, by).await
+            }
+            Deed::Resume { mut spec, volumes, from, paused } => {
+                let image = self.open_volume(&from, Access { read_only: true, sharable: false, vm: None }).await?;
+                let _held = self.open_disks(vm, &mut spec.disks, &volumes).await?;
+                self.hypervisor.resume(*spec, &image.source.path, paused, by).await
+            }
+            Deed::MemoryTarget(bytes) => self.hypervisor.set_memory_target(vm, bytes, by).await,
+            Deed::Vcpus(number) => self.hypervisor.set_vcpus(vm, number, by).await,
+            Deed::Keys(letter) => self.hypervisor.send_sysrq(vm, letter, by).await,
+            Deed::PlugDisk { mut disk, volumes } => {
+                let _held = self.open_disks(vm, std::slice::from_mut(&mut *disk), &volumes).await?;
+                self.hypervisor.plug_disk(vm, *disk, by).await
+            }
+            Deed::UnplugDisk { vbd, how } => self.hypervisor.unplug_disk(vm, &vbd, how, by).await,
+            Deed::Medium { vbd, volume } => {
+                let access = Access { read_only: true, sharable: false, vm: Some(vm) };
+                let image = match &volume {
+                    Some(volume) => Some(self.open_volume(volume, access).await?),
+                    None => None,
+                };
+                let medium = image
+                    .as_ref()
+                    .map(|it| Medium { path: it.source.path.display().to_string(), format: it.source.format });
+                self.hypervisor.change_medium(vm, &vbd, medium, by).await
+            }
+            Deed::Store(deed) => return self.store_step(deed, again).await,
+        };
+        state.map(Done::from)
     }
 
     /// The effect of a step that was begun by a former agent, if the domain shows it.
-    fn what_it_did(&self, step: &StepKey) -> Option<DomainState> {
+    fn what_it_did(&self, step: &StepKey) -> Option<Done> {
         use crate::hypervisor::domain::StepKind;
-        let now = self.hypervisor.roster().get(step.vm);
-        match step.kind {
+        let now = self.hypervisor.roster().get(step.subject);
+        let state = match step.kind {
             StepKind::Shutdown if now.is_none() => {
-                Some(DomainState::halted(step.vm, &step.operation, "guest-shutdown"))
+                Some(DomainState::halted(step.subject, &step.operation, "guest-shutdown"))
             }
-            StepKind::Start | StepKind::Pause | StepKind::Unpause => {
+            StepKind::Start | StepKind::Resume | StepKind::Pause | StepKind::Unpause => {
                 now.filter(|domain| domain.last_operation == step.operation)
             }
             _ => None,
-        }
+        };
+        state.map(Done::from)
     }
 }

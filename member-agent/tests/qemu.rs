@@ -4,26 +4,13 @@
 mod common;
 
 use std::fs;
-use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use common::*;
 use member_agent::AcceleratorChoice;
 use proto::agent::refusal::Reason;
-use proto::agent::{Disk, DomainState, PowerState, Vif};
+use proto::agent::{Disk, PowerState, Vif};
 use uuid::Uuid;
-
-/// Types a line at the guest's serial console, once there is a prompt. The line stays up while the answer is held.
-async fn type_at(host: &Host, state: &DomainState, line: &str) -> UnixStream {
-    let vm = state.vm.parse().expect("uuid");
-    eventually("a prompt", || host.console(vm).contains("/ # ")).await;
-    let console = state.consoles.iter().find(|console| console.protocol == "vt100").expect("a text console");
-    let path = console.location.strip_prefix("unix:").expect("a local socket");
-    let mut stream = UnixStream::connect(path).expect("console");
-    stream.write_all(format!("{line}\n").as_bytes()).expect("typed");
-    stream
-}
 
 #[tokio::test]
 async fn a_guest_boots_stands_still_while_paused_and_obeys_a_clean_shutdown() {
@@ -120,17 +107,17 @@ async fn a_guest_that_switches_itself_off_is_gone_by_itself_also_while_no_agent_
     let mut host = Host::start("qemu").await;
     let mut client = host.client().await;
     let vm = Uuid::new_v4();
-    let state = client.step(vm, start(spec(vm))).await.expect("starts");
+    client.step(vm, start(spec(vm))).await.expect("starts");
     let mut watching = client.watch().await;
     watching.all().await;
-    let line = type_at(&host, &state, "poweroff -f").await;
+    let line = host.type_at(vm, "poweroff -f").await;
     let gone = watching.becomes(vm, PowerState::Halted).await;
     assert_eq!((gone.reason.as_str(), gone.last_operation.as_str()), ("guest-shutdown", ""));
 
-    let state = client.step(vm, start(spec(vm))).await.expect("starts");
+    client.step(vm, start(spec(vm))).await.expect("starts");
     drop(line);
     host.stop_agent().await;
-    let _line = type_at(&host, &state, "poweroff -f").await;
+    let _line = host.type_at(vm, "poweroff -f").await;
     eventually("the guest goes", || host.console(vm).contains("Power down")).await;
     host.start_agent().await;
     let mut watching = host.client().await.watch().await;
@@ -149,7 +136,7 @@ async fn a_guest_that_reboots_itself_goes_on_or_ends_as_it_was_told() {
     let (stays, goes) = (Uuid::new_v4(), Uuid::new_v4());
     let first = client.step(stays, start(spec(stays))).await.expect("starts");
     host.heartbeats(stays, 4).await;
-    let _line = type_at(&host, &first, "reboot -f").await;
+    let _line = host.type_at(stays, "reboot -f").await;
     host.boots(stays, 2).await;
     let again = loop {
         let state = watching.next().await;
@@ -163,8 +150,8 @@ async fn a_guest_that_reboots_itself_goes_on_or_ends_as_it_was_told() {
     assert!(again.start_time > first.start_time);
 
     let ends = proto::agent::DomainSpec { on_reboot: "destroy".into(), ..spec(goes) };
-    let state = client.step(goes, start(ends)).await.expect("starts");
-    let _line = type_at(&host, &state, "reboot -f").await;
+    client.step(goes, start(ends)).await.expect("starts");
+    let _line = host.type_at(goes, "reboot -f").await;
     assert_eq!(watching.becomes(goes, PowerState::Halted).await.reason, "guest-reset");
 }
 

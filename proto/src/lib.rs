@@ -8,9 +8,17 @@ pub mod agent {
     tonic::include_proto!("xenith.agent.v1");
 }
 
+/// How a message becomes bytes and back.
+pub use prost::Message;
+
 /// Calls that a host sends on to the master.
 pub mod forward {
     tonic::include_proto!("xenith.forward.v1");
+}
+
+/// What members ask one another about their membership.
+pub mod members {
+    tonic::include_proto!("xenith.members.v1");
 }
 
 /// Consensus among the voters and learners of a pool.

@@ -46,6 +46,15 @@ pub(crate) fn takes_long(transaction: &Transaction) -> bool {
     replace::of(transaction).is_some() || transaction.writes.iter().any(stages)
 }
 
+/// A state as a transaction would make it, and the objects that would differ; none where it would have no effect.
+pub(crate) fn preview(state: &State, transaction: &Transaction) -> Option<(State, Dirty)> {
+    check(state, transaction).ok()?;
+    let (mut after, mut dirty) = (state.clone(), Dirty::new());
+    let index = state.applied.next();
+    write_all(&mut after, index, transaction, None, &mut dirty);
+    Some((after, dirty))
+}
+
 /// Moves the end of history; called once for each entry, after its transactions.
 pub(crate) fn trim_history(
     state: &mut State,
@@ -421,7 +430,7 @@ pub(crate) fn link(state: &mut State, row: &Arc<Row>) {
         table.by_uuid.insert(uuid, row.reference);
     }
     if let Some(name) = label(row, "name_label") {
-        table.by_name.entry(name).or_default().push_back(row.reference);
+        table.by_name.entry(name).or_default().insert(row.reference);
     }
     table.rows.insert(row.reference, Arc::clone(row));
 }
@@ -440,7 +449,7 @@ fn unlink(state: &mut State, row: &Arc<Row>) {
 fn forget_name(table: &mut Table, row: &Row) {
     let Some(name) = label(row, "name_label") else { return };
     if let Some(references) = table.by_name.get_mut(&name) {
-        references.retain(|reference| *reference != row.reference);
+        references.remove(&row.reference);
         if references.is_empty() {
             table.by_name.remove(&name);
         }

@@ -15,20 +15,20 @@
 //! Where there is no such majority there is no way back by itself, and that is right: two of three hosts that have lost
 //! their databases may have lost what was acknowledged.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::sync::Arc;
 
 use prost::Message;
 use proto::raft as wire;
 use tokio::sync::watch;
 use tonic::Status;
 use uuid::Uuid;
-/// The version of the fence's own file.
+
+use crate::disk::Place;
+use crate::planted::Planted;
+
+/// The version of the fence's own record.
 const FORMAT: u32 = 1;
-/// Beside the database's own files.
-pub(crate) const FILE: &str = "fence";
 /// Metadata of a refusal: the name of the loss.
 const HEADER: &str = "xenith-fence";
 
@@ -43,24 +43,18 @@ pub(crate) enum Stage {
     CatchingUp(Uuid, u64, u64),
 }
 
-/// The fence, and the file that remembers it.
-#[derive(Debug)]
+/// The fence, and the record that remembers it.
 pub(crate) struct Fence {
-    path: Option<PathBuf>,
+    place: Arc<dyn Place>,
     stage: watch::Sender<Stage>,
+    planted: Option<Planted>,
 }
 
 impl Fence {
-    /// None: for a disk that is not looked after here.
-    pub(crate) fn none() -> Self {
-        Self { path: None, stage: watch::Sender::new(Stage::Lifted) }
-    }
-
     /// The fence as it was left; the second is whether the damaged database is still in the way.
-    pub(crate) fn load(dir: &Path) -> io::Result<(Self, bool)> {
-        let path = dir.join(FILE);
-        let (stage, in_the_way) = match std::fs::read(&path) {
-            Ok(bytes) => {
+    pub(crate) fn load(place: Arc<dyn Place>) -> io::Result<(Self, bool)> {
+        let (stage, in_the_way) = match place.fence()? {
+            Some(bytes) => {
                 let stored = wire::StoredFence::decode(bytes.as_slice()).map_err(io::Error::other)?;
                 let loss = Uuid::from_slice(&stored.loss).map_err(io::Error::other)?;
                 let stage = match stored.term {
@@ -69,10 +63,14 @@ impl Fence {
                 };
                 (stage, !stored.cleared)
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (Stage::Lifted, false),
-            Err(error) => return Err(error),
+            None => (Stage::Lifted, false),
         };
-        Ok((Self { path: Some(path), stage: watch::Sender::new(stage) }, in_the_way))
+        Ok((Self { place, stage: watch::Sender::new(stage), planted: None }, in_the_way))
+    }
+
+    /// The same with a mistake in it.
+    pub(crate) fn planted(self, planted: Option<Planted>) -> Self {
+        Self { planted, ..self }
     }
 
     /// Raises the fence around a new loss; what is damaged is still in the way.
@@ -86,24 +84,15 @@ impl Fence {
     }
 
     fn keep(&self, stage: Stage, cleared: bool) -> io::Result<()> {
-        let Some(path) = &self.path else { return Ok(()) };
-        let (loss, term, index) = match stage {
-            Stage::Lifted => {
-                std::fs::remove_file(path)?;
-                sync_folder(path)?;
-                self.stage.send_replace(stage);
-                return Ok(());
-            }
-            Stage::Lost(loss) => (loss, 0, 0),
-            Stage::CatchingUp(loss, term, index) => (loss, term, index),
+        let stored = |loss: Uuid, term, index| {
+            let loss = loss.as_bytes().to_vec().into();
+            wire::StoredFence { format: FORMAT, loss, term, index, cleared }.encode_to_vec()
         };
-        let stored = wire::StoredFence { format: FORMAT, loss: loss.as_bytes().to_vec().into(), term, index, cleared };
-        let fresh = path.with_extension("new");
-        let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&fresh)?;
-        file.write_all(&stored.encode_to_vec())?;
-        file.sync_all()?;
-        std::fs::rename(&fresh, path)?;
-        sync_folder(path)?;
+        self.place.keep_fence(match stage {
+            Stage::Lifted => None,
+            Stage::Lost(loss) => Some(stored(loss, 0, 0)),
+            Stage::CatchingUp(loss, term, index) => Some(stored(loss, term, index)),
+        })?;
         self.stage.send_replace(stage);
         Ok(())
     }
@@ -120,6 +109,7 @@ impl Fence {
     #[allow(clippy::result_large_err)]
     pub(crate) fn may_vote(&self) -> Result<(), Status> {
         match self.stage() {
+            _ if self.planted == Some(Planted::VotesBehindItsFence) => Ok(()),
             Stage::Lifted => Ok(()),
             Stage::Lost(loss) => Err(refusal(loss)),
             Stage::CatchingUp(..) => Err(Status::unavailable("this node is catching up on what it lost")),
@@ -156,10 +146,6 @@ impl Fence {
     }
 }
 
-fn sync_folder(path: &Path) -> io::Result<()> {
-    File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
-}
-
 fn refusal(loss: Uuid) -> Status {
     let mut status = Status::failed_precondition("this node has lost its database and waits for a leader's word");
     if let Ok(name) = loss.to_string().parse() {
@@ -178,11 +164,12 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::disk::Folder;
 
     #[test]
     fn a_fence_outlives_the_process_and_falls_only_in_its_order() {
         let dir = tempfile::tempdir().unwrap();
-        let again = || Fence::load(dir.path()).unwrap();
+        let again = || Fence::load(Arc::new(Folder::new(dir.path()))).unwrap();
         assert_eq!((again().0.stage(), again().1), (Stage::Lifted, false));
         let (loss, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
         again().0.raise(loss).unwrap();

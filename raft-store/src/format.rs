@@ -35,7 +35,8 @@ pub(crate) const OLDEST: u32 = 1;
 /// The newest that this version reads, and that it writes once every member reads it.
 ///
 /// 2: transactions in parts (the class `staged`, the write `replace`, the expectation `class_unchanged`).
-pub(crate) const NEWEST: u32 = 2;
+/// 3: certificates that the pool was given (the class `trusted`).
+pub(crate) const NEWEST: u32 = 3;
 
 /// The formats of replicated data that this version can be limited to: [`StoreConfig::reads`](crate::StoreConfig::reads).
 pub const FORMATS: RangeInclusive<u32> = OLDEST..=NEWEST;

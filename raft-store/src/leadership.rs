@@ -8,13 +8,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use openraft::RaftMetrics;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::async_runtime::instant::Instant as _;
-use openraft::type_config::alias::{InstantOf, WatchReceiverOf};
+use openraft::type_config::alias::WatchReceiverOf;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::machine::Machine;
-use crate::peer::Heard;
+use crate::peer::{Acknowledged, Heard};
+use crate::planted::Planted;
 use crate::row::LogIndex;
 use crate::store::{Member, leads};
 use crate::types::{Config, Raft};
@@ -36,27 +38,58 @@ pub enum Leadership {
     Electing,
 }
 
-type Metrics = WatchReceiverOf<Config, openraft::RaftMetrics<Config>>;
+type Metrics = WatchReceiverOf<Config, RaftMetrics<Config>>;
 
-/// The proof of leadership: when a quorum last acknowledged this node.
+/// The proof of leadership: that a quorum acknowledged this node not long ago.
 #[derive(Clone)]
 pub(crate) struct Lease {
     metrics: Metrics,
+    acknowledged: Acknowledged,
     /// Followers refuse to vote for another node for this long after they heard from the leader.
     length: Duration,
     /// The last term in which this node asked another one to take the lead.
     given_up: Arc<AtomicU64>,
+    planted: Option<Planted>,
 }
 
 impl Lease {
-    pub(crate) fn new(raft: &Raft, length: Duration) -> Self {
-        Self { metrics: raft.metrics(), length, given_up: Arc::default() }
+    pub(crate) fn new(raft: &Raft, acknowledged: Acknowledged, length: Duration, planted: Option<Planted>) -> Self {
+        Self { metrics: raft.metrics(), acknowledged, length, given_up: Arc::default(), planted }
     }
 
-    /// Whether reads may be answered without asking anybody: with a quarter of the lease to spare.
+    /// Whether reads may be answered without asking anybody: with a quarter of the lease to spare, so that no clock of
+    /// another host has to run as this one's does; it may be a third faster.
     pub(crate) fn is_fresh(&self) -> bool {
-        let given_up = self.given_up.load(Ordering::Acquire) == self.metrics.borrow_watched().current_term;
-        !given_up && self.age().is_some_and(|age| age < self.length * 3 / 4)
+        let spare = if self.planted == Some(Planted::TrustsAllClocks) { Duration::ZERO } else { self.length / 4 };
+        let metrics = self.metrics.borrow_watched();
+        let given_up = self.given_up.load(Ordering::Acquire) == metrics.current_term;
+        !given_up && self.is_acknowledged(&metrics, before(self.length - spare))
+    }
+
+    /// Asks everybody and waits until a quorum has acknowledged what was sent since this call; not, where this node
+    /// does not lead any more. Whoever calls it sets the limit.
+    pub(crate) async fn renewed(&self, raft: &Raft) -> bool {
+        let since = Instant::now();
+        if raft.trigger().heartbeat().await.is_err() {
+            return false;
+        }
+        loop {
+            let news = self.acknowledged.news();
+            {
+                let metrics = self.metrics.borrow_watched();
+                if !leads(metrics.state) {
+                    return false;
+                }
+                if self.is_acknowledged(&metrics, since) {
+                    return true;
+                }
+            }
+            // A lead that is lost is told by nobody's acknowledgement.
+            tokio::select! {
+                () = news => {}
+                () = tokio::time::sleep(self.length / 4) => {}
+            }
+        }
     }
 
     /// To be called before another node is asked to take the lead: followers vote for that one at once, lease or no
@@ -65,16 +98,16 @@ impl Lease {
         self.given_up.store(self.metrics.borrow_watched().current_term, Ordering::Release);
     }
 
-    /// Since when no quorum has acknowledged; none where this node does not lead.
-    fn age(&self) -> Option<Duration> {
-        let metrics = self.metrics.borrow_watched();
+    /// Whether a quorum has acknowledged, as the leader's, what this node sent after that moment.
+    fn is_acknowledged(&self, metrics: &RaftMetrics<Config>, after: Instant) -> bool {
         if !leads(metrics.state) {
-            return None;
+            return false;
         }
-        if metrics.membership_config.membership().voter_ids().count() == 1 {
-            return Some(Duration::ZERO);
+        if self.planted == Some(Planted::CountsLearners) && self.acknowledged.by_anybody(metrics.current_term, after) {
+            return true;
         }
-        metrics.last_quorum_acked.map(|acked| InstantOf::<Config>::now().saturating_duration_since(*acked))
+        let members = metrics.membership_config.membership();
+        self.acknowledged.by_quorum(metrics.id, metrics.current_term, members, after)
     }
 
     /// The other voter that has most of the log and that clients can reach: a witness has no address for them.
@@ -90,6 +123,12 @@ impl Lease {
             .max_by_key(|(_, matched)| matched.as_ref().map(|id| id.index()))
             .map(|(id, _)| *id)
     }
+}
+
+/// The moment so long ago; now, on a machine that has not been up for so long.
+fn before(time: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_sub(time).unwrap_or(now)
 }
 
 /// Where it is said how this node stands.
@@ -144,9 +183,9 @@ fn judge(
     lease: &Lease,
     heard: &Heard,
 ) -> Leadership {
-    // Nobody acknowledged yet is a leader's first moment; nobody for three leases is a leader cut off.
-    let cut_off = lease.age().is_some_and(|age| age > lease.length * 3);
     let metrics = metrics.borrow_watched();
+    // Who has nobody's word for three leases is cut off. A leader in office has had a quorum's.
+    let cut_off = !lease.is_acknowledged(&metrics, before(lease.length * 3));
     if metrics.running_state.is_err() {
         return Leadership::Electing;
     }

@@ -303,7 +303,10 @@ impl RaftStateMachine<Config> for StateMachine {
                         };
                         outcomes.0.push(outcome.map_err(io::Error::other)?);
                     }
-                    raised |= batch.format > state.format;
+                    if batch.format > state.format {
+                        tracing::info!(format = batch.format, %index, "the pool is at a newer format from here on");
+                        raised = true;
+                    }
                     state.format = state.format.max(batch.format);
                     told.push((batch.answers.clone(), outcomes.clone()));
                     trim_history(&mut state, index, self.0.history, &mut trimmed);

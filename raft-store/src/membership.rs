@@ -64,6 +64,15 @@ impl Store {
         self.raft().voter_ids().collect()
     }
 
+    /// Whether a change of voters was broken off half-way: the old ones and the new ones both have to agree to everything
+    /// until the change is made again.
+    #[must_use]
+    pub fn is_between_voters(&self) -> bool {
+        let metrics = self.raft().metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().get_joint_config().len() > 1
+    }
+
     /// Adds a member that replicates and does not vote; it catches up by itself.
     ///
     /// # Errors

@@ -11,4 +11,12 @@ pub enum Planted {
     KeepsItsLease,
     /// Deletions are forgotten after a few entries, and tokens from before them still accepted.
     ForgetsTombstones,
+    /// Who has lost its database gives its votes all the same.
+    VotesBehindItsFence,
+    /// An answer counts as one to the newest request, whichever it answers.
+    BelievesOldAnswers,
+    /// A member that only learns is counted where a quorum's word proves the lead.
+    CountsLearners,
+    /// Reads are answered from the lease until its last moment, as if all clocks ran at one speed.
+    TrustsAllClocks,
 }

@@ -7,12 +7,12 @@
 use std::sync::Arc;
 
 use datamodel::{ClassId, ClassKind, OpaqueRef, Ref, Timestamp, model};
-use imbl::{HashMap, OrdMap, Vector};
+use imbl::{HashMap, OrdMap, OrdSet, Vector};
 use uuid::Uuid;
 
 use crate::replace::Fresh;
 use crate::row::{LogIndex, Row};
-use crate::transaction::Conflict;
+use crate::transaction::{Conflict, Transaction};
 
 /// The log's time goes on by no more than this with one entry: whatever jumps a leader's clock makes, an hour of history
 /// is an hour. Where entries are seldom, history is kept for longer than it need be.
@@ -40,7 +40,8 @@ pub(crate) const REMEMBERED_TRANSACTIONS: usize = 100_000;
 pub(crate) struct Table {
     pub(crate) rows: OrdMap<OpaqueRef, Arc<Row>>,
     pub(crate) by_uuid: HashMap<Arc<str>, OpaqueRef>,
-    pub(crate) by_name: HashMap<Arc<str>, Vector<OpaqueRef>>,
+    /// Thousands may have one name, and each of them may be renamed.
+    pub(crate) by_name: HashMap<Arc<str>, OrdSet<OpaqueRef>>,
 }
 
 /// A change's place in the order of changes.
@@ -229,6 +230,13 @@ impl State {
     #[must_use]
     pub const fn oldest_token(&self) -> LogIndex {
         self.oldest_token
+    }
+
+    /// The state as a transaction would make it, and the objects that would differ: for decisions that follow from one.
+    /// None where it would have no effect, because what it expects does not hold. What it replaces as a whole is not seen.
+    #[must_use]
+    pub fn preview(&self, transaction: &Transaction) -> Option<(Self, Vec<(ClassId, OpaqueRef)>)> {
+        crate::apply::preview(self, transaction).map(|(after, touched)| (after, touched.into_iter().collect()))
     }
 
     /// The greatest time that any entry carried, as its leader's clock had it.

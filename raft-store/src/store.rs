@@ -6,7 +6,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::raft::ReadPolicy;
 use openraft::{ServerState, SnapshotPolicy};
 use proto::raft::raft_server::RaftServer;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -14,14 +13,14 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::disk::{self, Disk, Engine, OpenError, Opened, Writer};
+use crate::disk::{self, Disk, OpenError, Opened, Place, Writer};
 use crate::fence::{Fence, Stage};
 use crate::format::{self, Formats, NEWEST, OLDEST, TooNew};
 use crate::leadership::{self, Announcements, Leadership};
 use crate::log::LogStore;
 use crate::machine::{Machine, PERSIST_EVERY, StateMachine};
 use crate::offload;
-use crate::peer::{Dial, Heard, PeerFactory, PeerService, PeerTls};
+use crate::peer::{Acknowledged, Dial, Heard, PeerFactory, PeerService, PeerTls};
 use crate::planted::Planted;
 use crate::proposer::{self, Proposal, Unanswered};
 use crate::readmit;
@@ -166,32 +165,24 @@ impl Store {
     pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
         std::fs::create_dir_all(&config.dir)
             .map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
-        let dir = config.dir.clone();
-        let reads = config.reads();
-        let opened = offload::blocking(move || disk::open(&dir, reads)).await.map_err(stopped)??;
+        let place = Arc::new(disk::Folder::new(&config.dir));
         let peers = Arc::new(config.tls.clone());
-        Self::start(config, opened, peers).await
+        Self::open_in(config, place, peers).await
     }
 
-    /// Opens a store on a disk and a network that are given; its folder and certificates are not used.
+    /// Opens a store in a place and on a network that are given; its folder and certificates are not used.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub async fn open_on(
-        config: StoreConfig,
-        engine: Arc<dyn Engine>,
-        peers: Arc<dyn Dial>,
-    ) -> Result<Self, OpenError> {
-        let disk = Disk::new(engine);
-        let reading = disk.clone();
+    pub async fn open_in(config: StoreConfig, place: Arc<dyn Place>, peers: Arc<dyn Dial>) -> Result<Self, OpenError> {
         let reads = config.reads();
-        let stored = offload::blocking(move || reading.load(reads)).await.map_err(stopped)??;
-        Self::start(config, Opened { disk, stored, fence: Fence::none() }, peers).await
+        let opened = offload::blocking(move || disk::open(&place, reads)).await.map_err(stopped)??;
+        Self::start(config, opened, peers).await
     }
 
     async fn start(config: StoreConfig, opened: Opened, peers: Arc<dyn Dial>) -> Result<Self, OpenError> {
         let Opened { disk, stored, fence } = opened;
-        let fence = Arc::new(fence);
+        let fence = Arc::new(fence.planted(config.planted));
         let leads = Arc::default();
         let writer = Arc::new(Writer::start(disk.engine(), Arc::clone(&leads)));
         let log = LogStore::open(disk.clone(), Arc::clone(&writer), config.planted).map_err(stopped)?;
@@ -200,7 +191,14 @@ impl Store {
         let raft_config = Arc::new(openraft::Config { enable_elect: whole, ..raft_config(&config)? });
         let (telling, losses) = mpsc::channel(readmit::WAITING);
         let formats = Formats::new(config.reads(), Arc::clone(&machine));
-        let network = PeerFactory { peers: Arc::clone(&peers), losses: telling, formats: formats.clone() };
+        let acknowledged = Acknowledged::default();
+        let network = PeerFactory {
+            peers: Arc::clone(&peers),
+            losses: telling,
+            formats: formats.clone(),
+            acknowledged: acknowledged.clone(),
+            planted: config.planted,
+        };
         let raft = Raft::new(config.node_id, raft_config, network, log, StateMachine(Arc::clone(&machine)))
             .await
             .map_err(|error| OpenError::Consensus(error.to_string()))?;
@@ -214,7 +212,7 @@ impl Store {
         let _ = service.raft.set(raft.clone());
 
         let mut tasks = JoinSet::new();
-        let lease = leadership::Lease::new(&raft, config.election.1);
+        let lease = leadership::Lease::new(&raft, acknowledged, config.election.1, config.planted);
         let (leading, leadership) = watch::channel(Leadership::Electing);
         let (failing, stopped) = watch::channel(None);
         let tell = Announcements { leadership: leading, stopped: failing, leads };
@@ -301,10 +299,9 @@ impl Store {
         if !leading {
             return Err(self.not_leader());
         }
-        let proof = self.shared.raft.ensure_linearizable(ReadPolicy::ReadIndex);
-        match tokio::time::timeout(READ_LIMIT, proof).await {
-            Ok(Ok(_)) => Ok(self.state()),
-            Ok(Err(_)) | Err(_) => Err(self.not_leader()),
+        match tokio::time::timeout(READ_LIMIT, self.shared.lease.renewed(&self.shared.raft)).await {
+            Ok(true) => Ok(self.state()),
+            Ok(false) | Err(_) => Err(self.not_leader()),
         }
     }
 

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use datamodel::fields::network;
 use datamodel::{Network, Ref, Staged, Timestamp, fields};
 use raft_store::{
-    ChangeKind, CommitError, Leadership, LogIndex, Member, NewRow, PeerTls, Replacement, StagedRow, Store, StoreConfig,
-    Transaction,
+    ChangeKind, CommitError, FORMATS, Leadership, LogIndex, Member, NewRow, PeerTls, Replacement, StagedRow, Store,
+    StoreConfig, Transaction,
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use uuid::Uuid;
@@ -439,7 +439,7 @@ async fn all_at(pool: &Pool, format: u32) {
 #[tokio::test(flavor = "multi_thread")]
 async fn classes_are_replaced_at_once_or_not_at_all_on_every_node_and_after_a_restart() {
     let mut pool = Pool::start(3).await;
-    all_at(&pool, 2).await;
+    all_at(&pool, *FORMATS.end()).await;
     let (gone, _) = insert("gone");
     let (stays, stay) = insert("stays");
     pool.commit(gone).await;
@@ -462,7 +462,7 @@ async fn classes_are_replaced_at_once_or_not_at_all_on_every_node_and_after_a_re
     let changes: Vec<_> = leader.state().changes_since(before).filter(|change| change.class == kept_class()).collect();
     assert_eq!(changes.len(), 4, "three came, one went, one was left alone");
     assert_eq!(leader.state().count(<Staged as datamodel::ClassKind>::ID), 0);
-    all_at(&pool, 2).await;
+    all_at(&pool, *FORMATS.end()).await;
     for index in 0..3 {
         assert_eq!(labels(&pool.store(index)), ["a", "b", "c", "stays"]);
     }
@@ -514,27 +514,27 @@ async fn an_older_member_is_sent_only_what_it_reads_and_the_pool_goes_over_when_
     pool.kill(2).await;
     pool.reads[2] = None;
     pool.boot(2).await;
-    all_at(&pool, 2).await;
+    all_at(&pool, *FORMATS.end()).await;
     stop.store(true, Ordering::Relaxed);
     load.await.unwrap();
     pool.commit(parts[0].clone()).await;
-    all_at(&pool, 2).await;
+    all_at(&pool, *FORMATS.end()).await;
 
     // Back to the old version: it does not start, and says why. Nothing of its database is touched.
     pool.kill(2).await;
     let mut old = StoreConfig::new(pool.dirs[2].path().into(), pool.members[2].node_id, pool.tls.clone());
     old.reads = Some(1);
     let refused = Store::open(old).await.err().expect("an old version opened a newer database").to_string();
-    assert!(refused.contains("format 2") && refused.contains("upgrade"), "{refused}");
+    assert!(refused.contains(&format!("format {}", FORMATS.end())) && refused.contains("upgrade"), "{refused}");
     pool.boot(2).await;
-    all_at(&pool, 2).await;
+    all_at(&pool, *FORMATS.end()).await;
     pool.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_member_of_an_older_version_that_comes_late_gets_nothing_and_loses_nothing() {
     let mut pool = Pool::start(3).await;
-    all_at(&pool, 2).await;
+    all_at(&pool, *FORMATS.end()).await;
     // As a new host that was installed from an old medium.
     let late = pool.add(Some(1));
     pool.boot(late).await;
@@ -547,7 +547,7 @@ async fn a_member_of_an_older_version_that_comes_late_gets_nothing_and_loses_not
     pool.kill(late).await;
     pool.reads[late] = None;
     pool.boot(late).await;
-    all_at(&pool, 2).await;
+    all_at(&pool, *FORMATS.end()).await;
     assert_eq!(labels(&pool.store(late)).len(), 50);
     pool.end().await;
 }

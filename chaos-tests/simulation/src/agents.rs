@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use controller::{Agent, AgentError, Agents};
+use controller::{Agent, AgentError, Agents, Performed};
 use futures::StreamExt;
 use futures::stream::{BoxStream, poll_fn};
 use parking_lot::Mutex;
@@ -14,19 +14,23 @@ use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 use proto::agent::{
     AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, PowerState, Refusal, Step,
-    WatchRequest,
+    StoreState, WatchRequest,
 };
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use crate::broken;
 use crate::chance::Chance;
+use crate::kernel;
 use crate::network::{Lane, Network, Place};
 use crate::trace::Trace;
 
 /// The agent of a node is at its place and this.
 pub const AGENT: Place = 100;
 const MEMORY: u64 = 64 << 30;
+/// Nobody says of a machine that it is off which comes on again so soon.
+const SOON: i64 = 1_500_000_000;
+const STORE: u64 = 1 << 40;
 /// Who is not answered for so long does not know whether the step was done.
 const LOST: Duration = Duration::from_secs(3);
 
@@ -48,15 +52,33 @@ struct Inner {
 
 #[derive(Default)]
 struct Host {
+    /// The machine is off until then.
+    off_until: Option<i64>,
+    /// How often it was switched on.
+    boots: u64,
     epoch: u64,
     domains: BTreeMap<String, DomainState>,
-    done: BTreeMap<String, Result<DomainState, Refusal>>,
+    done: BTreeMap<(String, u32), Result<Performed, Refusal>>,
     next_domid: i64,
     watchers: Vec<mpsc::UnboundedSender<AgentEvent>>,
 }
 
 fn refusal(reason: Reason, detail: impl ToString) -> Refusal {
     Refusal { reason: reason.into(), detail: detail.to_string(), ..Refusal::default() }
+}
+
+/// Stores are there, and empty.
+fn of_store(step: &Step) -> Option<Result<Performed, Refusal>> {
+    match step.action.as_ref()? {
+        Action::AttachStore(_) | Action::DetachStore(_) | Action::ScanStore(_) => {
+            Some(Ok(Performed::Store(StoreState {
+                sr: step.vm.clone(),
+                physical_size: STORE,
+                ..StoreState::default()
+            })))
+        }
+        _ => None,
+    }
 }
 
 impl Host {
@@ -72,13 +94,13 @@ impl Host {
         self.watchers.retain(|watcher| watcher.send(AgentEvent { event: Some(event.clone()) }).is_ok());
     }
 
-    fn perform(&mut self, step: &Step) -> Result<DomainState, Refusal> {
+    fn perform(&mut self, step: &Step) -> Result<Performed, Refusal> {
         self.admit(step.epoch)?;
-        if let Some(outcome) = self.done.get(&step.operation) {
+        if let Some(outcome) = self.done.get(&(step.operation.clone(), step.number)) {
             return outcome.clone();
         }
-        let outcome = self.act(step);
-        self.done.insert(step.operation.clone(), outcome.clone());
+        let outcome = of_store(step).unwrap_or_else(|| self.act(step).map(Performed::Domain));
+        self.done.insert((step.operation.clone(), step.number), outcome.clone());
         outcome
     }
 
@@ -134,6 +156,29 @@ impl Hosts {
         })
     }
 
+    /// A machine goes off until then, and its guests are gone.
+    pub fn switch_off(&self, node: u64, until: i64) {
+        self.with(node, |host| {
+            host.off_until = Some(until);
+            host.boots += 1;
+            host.domains.clear();
+            host.watchers.clear();
+        });
+    }
+
+    /// A machine that is off for some time yet.
+    #[must_use]
+    pub fn off(&self) -> Option<u64> {
+        let inner = self.0.lock();
+        let soon = kernel::now() + SOON;
+        inner.hosts.iter().find(|(_, host)| host.off_until.is_some_and(|until| until > soon)).map(|(node, _)| *node)
+    }
+
+    /// Every machine is on.
+    pub fn mend(&self) {
+        self.0.lock().hosts.values_mut().for_each(|host| host.off_until = None);
+    }
+
     /// A guest ends by itself, on some host.
     pub fn lose_a_domain(&self) {
         let inner = &mut *self.0.lock();
@@ -170,6 +215,11 @@ impl Hosts {
         if chance.one_in(10) { chance.millis(500, 5_000) } else { chance.millis(1, 80) }
     }
 
+    fn is_off(&self, node: u64) -> bool {
+        let is_off = |host: &mut Host| host.off_until.is_some_and(|until| until > kernel::now());
+        self.with(node, is_off).unwrap_or(true)
+    }
+
     fn with<T>(&self, node: u64, act: impl FnOnce(&mut Host) -> T) -> Option<T> {
         self.0.lock().hosts.get_mut(&node).map(act)
     }
@@ -195,6 +245,9 @@ impl Remote {
         let (from, to, node) = (self.from, AGENT + self.node, self.node);
         let (hosts, network, back) = (self.hosts.clone(), self.network.clone(), self.network.clone());
         let answer = move || {
+            if hosts.is_off(node) {
+                return;
+            }
             if let Some(answer) = hosts.with(node, act) {
                 back.post(to, from, move || drop(tell.send(answer)));
             }
@@ -218,6 +271,7 @@ impl Agent for Remote {
                     memory_total: MEMORY,
                     memory_free: MEMORY,
                     control_domain_memory: 1 << 28,
+                    boot_id: format!("{}.{}", self.node, self.hosts.with(self.node, |host| host.boots).unwrap_or(0)),
                     ..HostFacts::default()
                 };
                 let host = host_uuid(self.node).to_string();
@@ -226,7 +280,7 @@ impl Agent for Remote {
         }
     }
 
-    async fn perform(&self, step: Step, limit: Duration) -> Result<DomainState, AgentError> {
+    async fn perform(&self, step: Step, limit: Duration) -> Result<Performed, AgentError> {
         let takes = self.hosts.effort();
         match self.ask(takes, limit.min(takes + LOST), move |host| host.perform(&step)).await {
             None => Err(AgentError::Unknown("no answer".into())),

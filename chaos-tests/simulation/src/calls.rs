@@ -12,14 +12,12 @@ use parking_lot::Mutex;
 use proto::agent::PowerState;
 use raft_store::State;
 
-use crate::agents::Hosts;
+use crate::agents::{self, Hosts};
 use crate::chance::Chance;
-use crate::clients::PLACE;
 use crate::kernel;
-use crate::network::Network;
-use crate::node::{Ask, Doors, Told};
-use crate::registers::{self, Operation};
-use crate::trace::Trace;
+use crate::line::{Line, Surroundings};
+use crate::node::{Ask, Told};
+use crate::registers::Registers;
 use crate::{broken, tell};
 
 /// VMs that everybody describes.
@@ -51,7 +49,7 @@ type Known = BTreeMap<(&'static str, OpaqueRef), u64>;
 struct Memory {
     root: String,
     shared: Vec<String>,
-    descriptions: BTreeMap<String, Vec<Operation>>,
+    descriptions: Registers,
     made: BTreeMap<String, Made>,
     /// Where each watcher is, and what it believes: the last change of each object.
     watchers: BTreeMap<u64, (u64, Known)>,
@@ -61,12 +59,8 @@ struct Memory {
 /// The clients of a run.
 #[derive(Clone)]
 pub struct Callers {
-    network: Network,
-    doors: Doors,
-    trace: Trace,
-    nodes: u64,
+    all: Surroundings,
     memory: Arc<Mutex<Memory>>,
-    ends: i64,
 }
 
 fn text(text: impl Into<String>) -> Input {
@@ -74,10 +68,10 @@ fn text(text: impl Into<String>) -> Input {
 }
 
 impl Callers {
-    /// Clients that begin nothing new after `ends`.
+    /// Clients that have called nobody yet.
     #[must_use]
-    pub fn new(network: Network, doors: Doors, trace: Trace, nodes: u64, ends: i64) -> Self {
-        Self { network, doors, trace, nodes, memory: Arc::default(), ends }
+    pub fn new(all: Surroundings) -> Self {
+        Self { all, memory: Arc::default() }
     }
 
     /// How many calls were answered with a result.
@@ -88,7 +82,8 @@ impl Callers {
 
     fn caller(&self, name: u64, chance: Chance) -> One {
         let session = self.memory.lock().root.clone();
-        One { all: self.clone(), name, chance, node: 1 + name % self.nodes, session, vms: Vec::new(), serial: 0 }
+        let line = Line::new(&self.all, name, chance);
+        One { line, memory: Arc::clone(&self.memory), session, vms: Vec::new() }
     }
 
     /// Logs in, for all of them, and makes the VMs that everybody describes.
@@ -113,9 +108,9 @@ impl Callers {
     /// Makes, starts, stops, describes and destroys VMs until it is time to end.
     pub async fn work(self, name: u64, chance: Chance) {
         let mut one = self.caller(name, chance);
-        while kernel::now() < self.ends {
-            tokio::time::sleep(one.chance.millis(1, 250)).await;
-            match one.chance.below(12) {
+        while kernel::now() < self.all.ends {
+            tokio::time::sleep(one.line.chance.millis(1, 250)).await;
+            match one.line.chance.below(12) {
                 0..=1 => one.make().await,
                 2..=5 => one.operate().await,
                 6..=8 => one.describe().await,
@@ -125,13 +120,35 @@ impl Callers {
         }
     }
 
+    /// Sits by the machines until it is time to end, and says of each that is off for long that it is dead.
+    pub async fn oversee(self, name: u64, chance: Chance, hosts: Hosts) {
+        let mut one = self.caller(name, chance);
+        while kernel::now() < self.all.ends {
+            tokio::time::sleep(one.line.chance.millis(300, 1_200)).await;
+            let Some(node) = hosts.off() else { continue };
+            let uuid = text(agents::host_uuid(node).to_string());
+            let Outcome::Done(Reply::Value(Value::Ref(host))) = one.ask("host.get_by_uuid", vec![uuid], None).await
+            else {
+                continue;
+            };
+            // Vouched for by who looked: it is off, or was a moment ago.
+            let key = one.key();
+            let said = match one.ask("host.declare_dead", vec![text(host.to_string())], key).await {
+                Outcome::Done(_) => "done",
+                Outcome::Refused(error) => error.code,
+                Outcome::Unknown => "unknown",
+            };
+            tell!(self.all.trace, "host {node} is declared dead: {said}");
+        }
+    }
+
     /// Follows all events until it is time to end.
     pub async fn follow(self, name: u64, chance: Chance) {
         let mut one = self.caller(name, chance);
         let mut token = String::new();
         let mut known = Known::new();
-        while kernel::now() < self.ends {
-            let wait = f64::from(u32::try_from(one.chance.below(4_000)).unwrap_or(0)) / 1_000.0;
+        while kernel::now() < self.all.ends {
+            let wait = f64::from(u32::try_from(one.line.chance.below(4_000)).unwrap_or(0)) / 1_000.0;
             let arguments = vec![Input::Array(vec![text("*")]), text(token.clone()), Input::Float(wait)];
             match one.ask("event.from", arguments, None).await {
                 Outcome::Done(Reply::Events(batch)) => {
@@ -140,11 +157,19 @@ impl Callers {
                     self.memory.lock().watchers.insert(name, (number(&token), known.clone()));
                 }
                 Outcome::Refused(error) if error.code == errors::EVENTS_LOST => {
-                    broken!(self.trace, "watcher {name}: {error:?}");
+                    // Only who was away for longer than deletions are remembered; it reads everything anew.
+                    let newest = self.all.doors.newest().0;
+                    tell!(self.all.trace, "watcher {name} was away since {}: {newest}", number(&token));
+                    if number(&token) + self.all.history > newest {
+                        broken!(self.all.trace, "watcher {name} is told too early that it lost events");
+                    }
+                    token.clear();
+                    known.clear();
                 }
                 _ => {}
             }
-            tokio::time::sleep(one.chance.millis(1, 500)).await;
+            let away = if one.line.chance.one_in(15) { 5_000 } else { 500 };
+            tokio::time::sleep(one.line.chance.millis(1, away)).await;
         }
     }
 
@@ -186,20 +211,11 @@ impl Callers {
     /// What must hold when all is over.
     pub fn judge(&self, state: &State) {
         let memory = self.memory.lock();
-        for (reference, history) in &memory.descriptions {
-            let mut history = history.clone();
-            let end = kernel::now();
-            let row = reference.parse().ok().and_then(|reference| state.row_of(Vm::ID, reference));
-            let Some(row) = row else {
-                broken!(self.trace, "VM {reference} is gone");
-                continue;
-            };
-            let value = row.get(vm::NAME_DESCRIPTION);
-            history.push(Operation { began: end, ended: Some(end), value, write: false });
-            if let Err(why) = registers::linearizable(INITIAL, &history) {
-                broken!(self.trace, "the description of {reference} is not linearizable: {why}");
-            }
-        }
+        let end = |reference: &str| {
+            let row = state.row_of(Vm::ID, reference.parse().ok()?)?;
+            Some(row.get(vm::NAME_DESCRIPTION))
+        };
+        memory.descriptions.judge(&self.all.trace, INITIAL, end);
         for (name, made) in &memory.made {
             let there = state.by_name_label(Vm::ID, name).len();
             let right = match made {
@@ -208,7 +224,7 @@ impl Callers {
                 Made::Perhaps | Made::Gone => there <= 1,
             };
             if !right {
-                broken!(self.trace, "{there} VMs are named {name}, which was made: {made:?}");
+                broken!(self.all.trace, "{there} VMs are named {name}, which was made: {made:?}");
             }
         }
         for (watcher, (token, known)) in &memory.watchers {
@@ -218,7 +234,7 @@ impl Callers {
                     if believed != Some(&row.modified.0) {
                         let what = format!("{} {}", class.name, row.reference);
                         broken!(
-                            self.trace,
+                            self.all.trace,
                             "watcher {watcher} at {token} believes {believed:?} of {what}: {}",
                             row.modified
                         );
@@ -238,26 +254,18 @@ fn number(token: &str) -> u64 {
 
 /// One client.
 struct One {
-    all: Callers,
-    name: u64,
-    chance: Chance,
-    node: u64,
+    line: Line,
+    memory: Arc<Mutex<Memory>>,
     session: String,
     /// Its own VMs, by reference and name.
     vms: Vec<(String, String)>,
-    serial: u64,
 }
 
 impl One {
-    fn unique(&mut self, what: &str) -> String {
-        self.serial += 1;
-        format!("{what} {}.{}", self.name, self.serial)
-    }
-
     /// A key for a call, or none: not every client sends one.
     fn key(&mut self) -> Option<String> {
-        let key = self.unique("key");
-        (!self.chance.one_in(3)).then_some(key)
+        let key = self.line.unique("key");
+        (!self.line.chance.one_in(3)).then_some(key)
     }
 
     async fn ask(&mut self, method: &str, mut params: Vec<Input>, key: Option<String>) -> Outcome {
@@ -279,37 +287,35 @@ impl One {
                 idempotency_key: key.clone(),
             };
             let request = Request { caller, method: method.to_owned(), params: params.clone() };
-            let limit = self.chance.millis(4_000, 15_000);
-            let told = self.all.doors.ask(&self.all.network, PLACE, self.node, Ask::Call(request), limit).await;
-            match told {
+            let limit = self.line.chance.millis(4_000, 15_000);
+            match self.line.ask(Ask::Call(request), limit).await {
                 Some(Told::Reply(Ok(reply))) => {
-                    self.all.memory.lock().answered += 1;
+                    self.memory.lock().answered += 1;
                     return Outcome::Done(reply);
                 }
-                Some(Told::Reply(Err(Refusal::Forward(member)))) => self.node = member.node_id,
+                Some(Told::Reply(Err(Refusal::Forward(member)))) => self.line.turn(Some(member.node_id)),
                 Some(Told::Reply(Err(Refusal::Retry))) => {}
                 Some(Told::Reply(Err(Refusal::Api(error)))) => {
                     if error.code == errors::SESSION_INVALID {
-                        broken!(self.all.trace, "client {}: {method}: its session is gone", self.name);
+                        broken!(self.line.all.trace, "client {}: {method}: its session is gone", self.line.name);
                         return Outcome::Refused(error);
                     }
                     if error.code != errors::HOST_IN_EMERGENCY_MODE {
                         let unsure = error.code == errors::INTERNAL_ERROR && key.is_none();
                         return if unsure { Outcome::Unknown } else { Outcome::Refused(error) };
                     }
-                    self.node = 1 + self.chance.below(self.all.nodes);
+                    self.line.turn(None);
                 }
                 Some(_) | None => {
-                    self.node = 1 + self.chance.below(self.all.nodes);
                     if !harmless {
                         return Outcome::Unknown;
                     }
                 }
             }
-            if kernel::now() > self.all.ends.max(began) + 30_000_000_000 {
+            if kernel::now() > self.line.all.ends.max(began) + 30_000_000_000 {
                 return Outcome::Unknown;
             }
-            tokio::time::sleep(self.chance.millis(5, 60)).await;
+            tokio::time::sleep(self.line.chance.millis(5, 60)).await;
         }
     }
 
@@ -327,7 +333,7 @@ impl One {
     /// A clone of the template under a name of its own; its reference, where the client is told one.
     async fn clone_template(&mut self) -> Option<String> {
         let template = self.template().await?;
-        let name = self.unique("vm");
+        let name = self.line.unique("vm");
         let key = self.key();
         let keyed = key.is_some();
         let outcome = self.ask("VM.clone", vec![text(template), text(name.clone())], key).await;
@@ -336,12 +342,12 @@ impl One {
             Outcome::Refused(_) => Made::No,
             Outcome::Unknown => Made::Perhaps,
         };
-        tell!(self.all.trace, "client {}: {name}, key {keyed}: {made:?}", self.name);
-        self.all.memory.lock().made.insert(name.clone(), made);
+        tell!(self.line.all.trace, "client {}: {name}, key {keyed}: {made:?}", self.line.name);
+        self.memory.lock().made.insert(name.clone(), made);
         let Outcome::Done(Reply::Value(Value::Ref(reference))) = outcome else { return None };
         let reference = reference.to_string();
         self.vms.push((reference.clone(), name));
-        let (one, other) = (self.unique("key"), self.unique("key"));
+        let (one, other) = (self.line.unique("key"), self.line.unique("key"));
         let words = vec![text(&reference), text(INITIAL)];
         let described = self.ask("VM.set_name_description", words, Some(one)).await;
         let provisioned = self.ask("VM.provision", vec![text(&reference)], Some(other)).await;
@@ -359,17 +365,17 @@ impl One {
         if self.vms.is_empty() {
             return;
         }
-        let (reference, name) = self.vms[self.chance.index(self.vms.len())].clone();
+        let (reference, name) = self.vms[self.line.chance.index(self.vms.len())].clone();
         let flag = |truth| Input::Bool(truth);
-        let (method, more) = match self.chance.below(6) {
-            0..=2 => ("VM.start", vec![flag(self.chance.one_in(4)), flag(false)]),
+        let (method, more) = match self.line.chance.below(6) {
+            0..=2 => ("VM.start", vec![flag(self.line.chance.one_in(4)), flag(false)]),
             3 => ("VM.hard_shutdown", vec![]),
             4 => ("VM.pause", vec![]),
             _ => ("VM.unpause", vec![]),
         };
         let mut params = vec![text(reference)];
         params.extend(more);
-        let method = if self.chance.one_in(3) { format!("Async.{method}") } else { method.to_owned() };
+        let method = if self.line.chance.one_in(3) { format!("Async.{method}") } else { method.to_owned() };
         let key = self.key();
         let outcome = self.ask(&method, params, key).await;
         let said = match &outcome {
@@ -377,7 +383,7 @@ impl One {
             Outcome::Refused(error) => error.code,
             Outcome::Unknown => "unknown",
         };
-        tell!(self.all.trace, "client {}: {method} of {name}: {said}", self.name);
+        tell!(self.line.all.trace, "client {}: {method} of {name}: {said}", self.line.name);
     }
 
     async fn destroy(&mut self) {
@@ -385,36 +391,40 @@ impl One {
             return;
         }
         let (reference, name) = self.vms.remove(0);
-        self.all.memory.lock().made.insert(name.clone(), Made::Gone);
+        self.memory.lock().made.insert(name.clone(), Made::Gone);
         let key = self.key();
         let outcome = self.ask("VM.destroy", vec![text(reference.clone())], key).await;
         match outcome {
-            Outcome::Done(_) => drop(self.all.memory.lock().made.insert(name.clone(), Made::No)),
+            Outcome::Done(_) => drop(self.memory.lock().made.insert(name.clone(), Made::No)),
             Outcome::Refused(_) => self.vms.push((reference, name.clone())),
             Outcome::Unknown => {}
         }
-        tell!(self.all.trace, "client {}: destroyed {name}: {}", self.name, matches!(outcome, Outcome::Done(_)));
+        tell!(
+            self.line.all.trace,
+            "client {}: destroyed {name}: {}",
+            self.line.name,
+            matches!(outcome, Outcome::Done(_))
+        );
     }
 
     fn shared(&mut self) -> Option<String> {
-        let shared = self.all.memory.lock().shared.clone();
-        (!shared.is_empty()).then(|| shared[self.chance.index(shared.len())].clone())
+        let shared = self.memory.lock().shared.clone();
+        (!shared.is_empty()).then(|| shared[self.line.chance.index(shared.len())].clone())
     }
 
-    fn remember(&self, reference: String, began: i64, ended: Option<i64>, value: String, write: bool) {
-        let operation = Operation { began, ended, value, write };
-        self.all.memory.lock().descriptions.entry(reference).or_default().push(operation);
+    fn remember(&self, reference: &str, began: i64, known: bool, value: String, write: bool) {
+        self.memory.lock().descriptions.remember(reference, began, known, value, write);
     }
 
     async fn describe(&mut self) {
         let Some(reference) = self.shared() else { return };
-        let value = self.unique("words");
+        let value = self.line.unique("words");
         let key = self.key();
         let began = kernel::now();
         let outcome = self.ask("VM.set_name_description", vec![text(&reference), text(&value)], key).await;
         match outcome {
-            Outcome::Done(_) => self.remember(reference, began, Some(kernel::now()), value, true),
-            Outcome::Unknown => self.remember(reference, began, None, value, true),
+            Outcome::Done(_) => self.remember(&reference, began, true, value, true),
+            Outcome::Unknown => self.remember(&reference, began, false, value, true),
             // It was not written; who reads it all the same reads what nobody wrote.
             Outcome::Refused(_) => {}
         }
@@ -427,18 +437,18 @@ impl One {
         if let Outcome::Done(Reply::Value(value)) = outcome
             && let Some(words) = value.as_str()
         {
-            self.remember(reference, began, Some(kernel::now()), words.to_owned(), false);
+            self.remember(&reference, began, true, words.to_owned(), false);
         }
     }
 
     /// Adds a batch of events to what is known: nothing twice, nothing out of order, nothing left out.
     fn hear(&self, batch: &EventBatch, token: &str, known: &mut Known) {
-        let trace = &self.all.trace;
+        let trace = &self.line.all.trace;
         let (after, upto) = (number(token), number(&batch.token));
         let mut last = after;
         for Event { id, class, operation, reference, snapshot } in &batch.events {
             if *id < last || *id <= after || *id > upto {
-                broken!(trace, "watcher {}: event {id} after {last}, of {after} to {upto}", self.name);
+                broken!(trace, "watcher {}: event {id} after {last}, of {after} to {upto}", self.line.name);
             }
             last = *id;
             let before = match (*operation, snapshot) {
@@ -447,14 +457,14 @@ impl One {
                 (_, None) => None,
             };
             if (*operation == "add") != before.is_none() {
-                broken!(trace, "watcher {}: {operation} of {class} {reference}, known {before:?}", self.name);
+                broken!(trace, "watcher {}: {operation} of {class} {reference}, known {before:?}", self.line.name);
             }
         }
         for (class, count) in &batch.valid_ref_counts {
             let emits = datamodel::ClassId::from_event_name(class).is_some_and(|class| class.def().emits_events);
             let believed = known.keys().filter(|(known, _)| known == class).count();
             if emits && believed != *count {
-                broken!(trace, "watcher {} at {upto}: {believed} of {count} {class}", self.name);
+                broken!(trace, "watcher {} at {upto}: {believed} of {count} {class}", self.line.name);
             }
         }
     }

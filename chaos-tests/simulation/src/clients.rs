@@ -12,10 +12,9 @@ use uuid::Uuid;
 
 use crate::chance::Chance;
 use crate::kernel;
-use crate::network::{Network, Place};
-use crate::node::{Ask, Doors, Told};
-use crate::registers::{self, Operation};
-use crate::trace::Trace;
+use crate::line::{Line, Surroundings};
+use crate::node::{Ask, Told};
+use crate::registers::Registers;
 use crate::{broken, tell};
 
 /// The class whose objects are written: any would do.
@@ -23,8 +22,6 @@ type Object = datamodel::Network;
 const CLASS: ClassId = <Object as ClassKind>::ID;
 /// So many objects are written and read by everybody.
 const REGISTERS: u128 = 4;
-/// Where the clients are on the network.
-pub(crate) const PLACE: Place = 1_000;
 
 /// What became of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +34,7 @@ enum Fate {
 /// What clients were told.
 #[derive(Default)]
 pub struct Memory {
-    registers: BTreeMap<u128, Vec<Operation>>,
+    registers: Registers,
     /// Objects that were made, with what became of that, and of their deletion if that was asked for.
     objects: BTreeMap<OpaqueRef, (Fate, Option<Fate>)>,
     acknowledged: u64,
@@ -46,12 +43,8 @@ pub struct Memory {
 /// The clients of a run.
 #[derive(Clone)]
 pub struct Clients {
-    network: Network,
-    doors: Doors,
-    trace: Trace,
-    nodes: u64,
+    all: Surroundings,
     memory: Arc<Mutex<Memory>>,
-    ends: i64,
 }
 
 fn register(number: u128) -> Ref<Object> {
@@ -63,10 +56,10 @@ fn millis(from: i64) -> i64 {
 }
 
 impl Clients {
-    /// Clients that begin nothing new after `ends`.
+    /// Clients that have done nothing yet.
     #[must_use]
-    pub fn new(network: Network, doors: Doors, trace: Trace, nodes: u64, ends: i64) -> Self {
-        Self { network, doors, trace, nodes, memory: Arc::default(), ends }
+    pub fn new(all: Surroundings) -> Self {
+        Self { all, memory: Arc::default() }
     }
 
     /// How many commits were acknowledged.
@@ -76,7 +69,7 @@ impl Clients {
     }
 
     fn client(&self, name: u64, chance: Chance) -> Client {
-        Client { all: self.clone(), name, chance, node: 1 + name % self.nodes, made: Vec::new() }
+        Client { line: Line::new(&self.all, name, chance), memory: Arc::clone(&self.memory), made: Vec::new() }
     }
 
     /// Makes the objects that everybody writes; ends when they are there.
@@ -93,9 +86,9 @@ impl Clients {
     /// Writes and reads until it is time to end.
     pub async fn write_and_read(self, name: u64, chance: Chance) {
         let mut client = self.client(name, chance);
-        while kernel::now() < self.ends {
-            tokio::time::sleep(client.chance.millis(1, 120)).await;
-            match client.chance.below(10) {
+        while kernel::now() < self.all.ends {
+            tokio::time::sleep(client.line.chance.millis(1, 120)).await;
+            match client.line.chance.below(10) {
                 0..=3 => client.write().await,
                 4..=6 => client.read().await,
                 7..=8 => client.make().await,
@@ -109,10 +102,12 @@ impl Clients {
         let mut client = self.client(name, chance);
         let mut token = LogIndex(0);
         let mut known: BTreeMap<OpaqueRef, (LogIndex, String)> = BTreeMap::new();
-        while kernel::now() < self.ends {
-            tokio::time::sleep(client.chance.millis(1, 400)).await;
+        while kernel::now() < self.all.ends {
+            // Now and then it is away for so long that it has missed what is not kept.
+            let away = if client.line.chance.one_in(15) { 5_000 } else { 400 };
+            tokio::time::sleep(client.line.chance.millis(1, away)).await;
             // A token means the same on every host, so that any of them will do; one that is behind is asked later.
-            let ask = if client.chance.one_in(3) { Ask::Look } else { Ask::Read };
+            let ask = if client.line.chance.one_in(3) { Ask::Look } else { Ask::Read };
             let Some(Told::State(told)) = client.ask(ask).await else { continue };
             let Ok(state) = told else { continue };
             if state.applied < token {
@@ -126,34 +121,26 @@ impl Clients {
     /// What must hold when all is over, of the state that everybody agrees on.
     pub fn judge(&self, state: &State) {
         let memory = self.memory.lock();
-        for (number, history) in &memory.registers {
-            let mut history = history.clone();
-            let end = kernel::now();
-            let Some(row) = state.row(register(*number)) else {
-                broken!(self.trace, "register {number} is gone");
-                continue;
-            };
-            history.push(Operation { began: end, ended: Some(end), value: row.name_label().into(), write: false });
-            if let Err(why) = registers::linearizable("0", &history) {
-                broken!(self.trace, "register {number} is not linearizable: {why}");
-                for operation in &history {
-                    tell!(self.trace, "  {operation:?}");
-                }
-            }
-        }
+        let end = |number: &str| {
+            let number = number.rsplit(' ').next()?.parse().ok()?;
+            Some(state.row(register(number))?.name_label().to_owned())
+        };
+        memory.registers.judge(&self.all.trace, "0", end);
         for (reference, (made, deleted)) in &memory.objects {
             let row = state.row_of(CLASS, *reference);
             match (made, deleted) {
                 (Fate::Applied(index), None | Some(Fate::Never)) => match row {
                     Some(row) if row.created == *index => {}
-                    Some(row) => broken!(self.trace, "{reference} was made at {index}, and again at {}", row.created),
-                    None => broken!(self.trace, "{reference} was made at {index}, and is lost"),
+                    Some(row) => {
+                        broken!(self.all.trace, "{reference} was made at {index}, and again at {}", row.created)
+                    }
+                    None => broken!(self.all.trace, "{reference} was made at {index}, and is lost"),
                 },
                 (_, Some(Fate::Applied(index))) if row.is_some() => {
-                    broken!(self.trace, "{reference} was deleted at {index}, and is there");
+                    broken!(self.all.trace, "{reference} was deleted at {index}, and is there");
                 }
                 (Fate::Never, _) if row.is_some() => {
-                    broken!(self.trace, "{reference} is there, and its maker was told that it never would be");
+                    broken!(self.all.trace, "{reference} is there, and its maker was told that it never would be");
                 }
                 _ => {}
             }
@@ -163,17 +150,14 @@ impl Clients {
 
 /// One client.
 struct Client {
-    all: Clients,
-    name: u64,
-    chance: Chance,
-    /// Whom it asks first.
-    node: u64,
+    line: Line,
+    memory: Arc<Mutex<Memory>>,
     made: Vec<OpaqueRef>,
 }
 
 impl Client {
     fn uuid(&mut self) -> Uuid {
-        Uuid::from_u64_pair(self.chance.next(), self.chance.next())
+        Uuid::from_u64_pair(self.line.chance.next(), self.line.chance.next())
     }
 
     fn transaction(&mut self) -> Transaction {
@@ -181,24 +165,17 @@ impl Client {
     }
 
     fn value(&mut self) -> String {
-        format!("{}.{}", self.name, self.chance.next() & 0xffff_ffff)
+        format!("{}.{}", self.line.name, self.line.chance.next() & 0xffff_ffff)
     }
 
     async fn ask(&mut self, ask: Ask) -> Option<Told> {
-        let limit = self.chance.millis(500, 12_000);
-        let told = self.all.doors.ask(&self.all.network, PLACE, self.node, ask, limit).await;
-        match &told {
-            Some(
-                Told::State(Err(NotLeader { leader }))
-                | Told::Committed(Err(CommitError::NotLeader(NotLeader { leader }))),
-            ) => {
-                self.node = match leader {
-                    Some(leader) => leader.node_id,
-                    None => 1 + self.chance.below(self.all.nodes),
-                };
-            }
-            None => self.node = 1 + self.chance.below(self.all.nodes),
-            _ => {}
+        let limit = self.line.chance.millis(500, 12_000);
+        let told = self.line.ask(ask, limit).await;
+        if let Some(
+            Told::State(Err(NotLeader { leader })) | Told::Committed(Err(CommitError::NotLeader(NotLeader { leader }))),
+        ) = &told
+        {
+            self.line.turn(leader.as_ref().map(|leader| leader.node_id));
         }
         told
     }
@@ -206,11 +183,11 @@ impl Client {
     /// Commits; where the answer is lost, again, or not, as a client does.
     async fn commit(&mut self, transaction: Transaction, stubborn: bool) -> Fate {
         let mut fate = Fate::Never;
-        let patience = self.chance.below(8);
+        let patience = self.line.chance.below(8);
         for attempt in 0.. {
             match self.ask(Ask::Commit(transaction.clone())).await {
                 Some(Told::Committed(Ok(index))) => {
-                    self.all.memory.lock().acknowledged += 1;
+                    self.memory.lock().acknowledged += 1;
                     return Fate::Applied(index);
                 }
                 // It expects nothing that could fail, so that this can only be said of a deletion done already.
@@ -218,32 +195,36 @@ impl Client {
                 Some(Told::Committed(Err(CommitError::NotLeader(_) | CommitError::Overloaded))) => {}
                 Some(_) | None => fate = Fate::Unknown,
             }
-            if !stubborn && attempt >= patience || kernel::now() > self.all.ends + 20_000_000_000 {
+            if !stubborn && attempt >= patience || kernel::now() > self.line.all.ends + 20_000_000_000 {
                 return fate;
             }
-            tokio::time::sleep(self.chance.millis(5, 100)).await;
+            tokio::time::sleep(self.line.chance.millis(5, 100)).await;
         }
         fate
     }
 
-    fn remember(&self, number: u128, began: i64, ended: Option<i64>, value: String, write: bool) {
-        let operation = Operation { began, ended, value, write };
-        self.all.memory.lock().registers.entry(number).or_default().push(operation);
+    fn remember(&self, number: u128, began: i64, known: bool, value: String, write: bool) {
+        self.memory.lock().registers.remember(&format!("register {number}"), began, known, value, write);
     }
 
     async fn write(&mut self) {
-        let number = u128::from(self.chance.next()) % REGISTERS;
+        let number = u128::from(self.line.chance.next()) % REGISTERS;
         let value = self.value();
         let mut transaction = self.transaction();
         transaction.set(register(number), network::NAME_LABEL, value.clone());
         let began = kernel::now();
         let fate = self.commit(transaction, false).await;
-        tell!(self.all.trace, "client {} wrote {value} to {number} in {} ms: {fate:?}", self.name, millis(began));
+        tell!(
+            self.line.all.trace,
+            "client {} wrote {value} to {number} in {} ms: {fate:?}",
+            self.line.name,
+            millis(began)
+        );
         match fate {
-            Fate::Applied(_) => self.remember(number, began, Some(kernel::now()), value, true),
+            Fate::Applied(_) => self.remember(number, began, true, value, true),
             // A write that never happened and is read all the same is found too: nobody wrote that value.
             Fate::Never => {}
-            Fate::Unknown => self.remember(number, began, None, value, true),
+            Fate::Unknown => self.remember(number, began, false, value, true),
         }
     }
 
@@ -252,7 +233,7 @@ impl Client {
         let Some(Told::State(Ok(state))) = self.ask(Ask::Read).await else { return };
         for number in 0..REGISTERS {
             let Some(row) = state.row(register(number)) else { continue };
-            self.remember(number, began, Some(kernel::now()), row.name_label().to_owned(), false);
+            self.remember(number, began, true, row.name_label().to_owned(), false);
         }
     }
 
@@ -262,8 +243,8 @@ impl Client {
         let uuid = self.uuid();
         transaction.insert(NewRow::new(reference, uuid).with(network::NAME_LABEL, self.value()));
         let fate = self.commit(transaction, false).await;
-        tell!(self.all.trace, "client {} made {reference}: {fate:?}", self.name);
-        self.all.memory.lock().objects.insert(reference.opaque(), (fate, None));
+        tell!(self.line.all.trace, "client {} made {reference}: {fate:?}", self.line.name);
+        self.memory.lock().objects.insert(reference.opaque(), (fate, None));
         if matches!(fate, Fate::Applied(_)) {
             self.made.push(reference.opaque());
         }
@@ -274,19 +255,25 @@ impl Client {
         let mut transaction = self.transaction();
         transaction.delete_row(CLASS, reference);
         let fate = self.commit(transaction, false).await;
-        tell!(self.all.trace, "client {} deleted {reference}: {fate:?}", self.name);
-        if let Some(object) = self.all.memory.lock().objects.get_mut(&reference) {
+        tell!(self.line.all.trace, "client {} deleted {reference}: {fate:?}", self.line.name);
+        if let Some(object) = self.memory.lock().objects.get_mut(&reference) {
             object.1 = Some(fate);
         }
     }
 
     /// Adds what changed since the token to what is known, and compares that with what is there.
-    fn replay(&self, state: &State, token: LogIndex, known: &mut BTreeMap<OpaqueRef, (LogIndex, String)>) {
-        let trace = &self.all.trace;
+    fn replay(&self, state: &State, mut token: LogIndex, known: &mut BTreeMap<OpaqueRef, (LogIndex, String)>) {
+        let trace = &self.line.all.trace;
+        if token > LogIndex(0) && token < state.oldest_token() {
+            // It has missed what nobody can tell it any more, and begins anew.
+            tell!(trace, "watcher {} was away since {token}, before {}", self.line.name, state.oldest_token());
+            token = LogIndex(0);
+            known.clear();
+        }
         let mut last = token;
         for change in state.changes_since(token) {
             if change.index < last || change.index <= token || change.index > state.applied {
-                broken!(trace, "watcher {}: event {} after {last}, token {token}", self.name, change.index);
+                broken!(trace, "watcher {}: event {} after {last}, token {token}", self.line.name, change.index);
             }
             last = change.index;
             if change.class != CLASS {
@@ -298,7 +285,13 @@ impl Client {
                 (_, None) => None,
             };
             if (change.kind == ChangeKind::Added) != before.is_none() {
-                broken!(trace, "watcher {}: {:?} of {}, known {before:?}", self.name, change.kind, change.reference);
+                broken!(
+                    trace,
+                    "watcher {}: {:?} of {}, known {before:?}",
+                    self.line.name,
+                    change.kind,
+                    change.reference
+                );
             }
         }
         let there: BTreeMap<OpaqueRef, (LogIndex, String)> =
@@ -306,7 +299,7 @@ impl Client {
         if *known != there {
             let wrong = known.iter().find(|(reference, what)| there.get(reference) != Some(what));
             let missed = there.iter().find(|(reference, _)| !known.contains_key(reference));
-            broken!(trace, "watcher {} at {}: believes {wrong:?}, missed {missed:?}", self.name, state.applied);
+            broken!(trace, "watcher {} at {}: believes {wrong:?}, missed {missed:?}", self.line.name, state.applied);
             *known = there;
         }
     }

@@ -1,5 +1,6 @@
-//! A simulated disk: slow, full at times, and forgetful when the power goes.
+//! A simulated disk: slow, full at times, forgetful when the power goes, and at times damaged.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use prost::Message;
 use proto::raft as wire;
-use raft_store::{Column, DiskChange, Engine, KeyValue, Memory};
+use raft_store::{Column, DiskChange, Engine, KeyValue, Memory, OpenError, Place, Promise};
 
 use crate::chance::Chance;
 use crate::process::Watch;
@@ -41,6 +42,13 @@ struct Inner {
     sync: (u64, u64),
     full: bool,
     trap: Option<(Moment, Watch)>,
+    /// What is kept beside the database: what it promised, as a process finds it and as a power failure leaves it, and
+    /// the fence.
+    promise: Promise,
+    synced_promise: Promise,
+    fence: Option<Vec<u8>>,
+    /// What cannot be read any more.
+    rotten: BTreeSet<(Column, Vec<u8>)>,
 }
 
 /// Who led which term, of all disks of a pool.
@@ -50,13 +58,27 @@ impl Disk {
     /// An empty disk.
     #[must_use]
     pub fn new(name: String, chance: Chance, trace: Trace, leaders: Leaders) -> Arc<Self> {
-        let inner = Inner { chance, sync: (100, 3_000), full: false, trap: None };
+        let inner = Inner {
+            chance,
+            sync: (100, 3_000),
+            full: false,
+            trap: None,
+            promise: Promise::default(),
+            synced_promise: Promise::default(),
+            fence: None,
+            rotten: BTreeSet::new(),
+        };
         Arc::new(Self { name, memory: Memory::default(), inner: Mutex::new(inner), trace, leaders })
     }
 
     /// From now on a sync takes between so many microseconds.
     pub fn set_sync(&self, from: u64, to: u64) {
         self.inner.lock().sync = (from, to);
+    }
+
+    /// Whether there is no room.
+    pub fn is_full(&self) -> bool {
+        self.inner.lock().full
     }
 
     /// From now on it has room or not.
@@ -74,17 +96,80 @@ impl Disk {
         self.inner.lock().trap = None;
     }
 
-    /// The process that wrote to it is gone; `power` too: what was not synced may be lost, from any batch on.
+    /// The process that wrote to it is gone; `power` too: what was not synced may be lost, from any batch on, of which
+    /// the first may be there in part. That one is dropped when the log is read again.
     pub fn crash(&self, power: bool) {
         let mut inner = self.inner.lock();
         inner.trap = None;
+        if !power {
+            return;
+        }
+        // The file beside it is not synced: what it said at some time before, or half of that, which says nothing.
+        inner.promise = match inner.chance.below(4) {
+            0 => inner.synced_promise,
+            1 => Promise::default(),
+            _ => inner.promise,
+        };
+        inner.synced_promise = inner.promise;
         let unsynced = self.memory.unsynced();
-        if power && unsynced > 0 {
+        if unsynced > 0 {
             let kept = inner.chance.index(unsynced + 1);
+            let torn = kept < unsynced && inner.chance.one_in(2);
             drop(inner);
-            tell!(self.trace, "{}: of {unsynced} batches not synced {kept} are left", self.name);
+            let how = if torn { ", the next one is torn" } else { "" };
+            tell!(self.trace, "{}: of {unsynced} batches not synced {kept} are left{how}", self.name);
             self.memory.crash(kept);
         }
+    }
+
+    /// Damages it while no process uses it, so that it cannot be opened as what it was. False where there is nothing
+    /// whose loss could be told.
+    pub fn damage(&self) -> bool {
+        let mut inner = self.inner.lock();
+        let entries = self.memory.scan(Column::Log, &[]).filter_map(Result::ok);
+        let last = entries.last().and_then(|(key, _)| key.as_ref().try_into().map(u64::from_be_bytes).ok());
+        let promised = inner.promise.last > 0;
+        let what = match inner.chance.below(3) {
+            0 if promised && last == Some(inner.promise.last) => {
+                // The end of the log, which others were told of.
+                let from = (inner.promise.last + 1).saturating_sub(1 + inner.chance.below(3));
+                let range = DiskChange::DeleteRange(Column::Log, from.to_be_bytes().to_vec(), vec![0xff; 8]);
+                self.memory.change(vec![range]);
+                self.memory.sync();
+                format!("ends before {from}")
+            }
+            1 if promised => {
+                self.empty();
+                "is empty".to_owned()
+            }
+            _ => {
+                let column = [Column::Log, Column::Rows, Column::Meta][inner.chance.index(3)];
+                let keys: Vec<_> = self.memory.scan(column, &[]).filter_map(Result::ok).map(|(key, _)| key).collect();
+                if keys.is_empty() {
+                    return false;
+                }
+                let key = keys[inner.chance.index(keys.len())].to_vec();
+                let what = format!("has a bad block in {column:?}");
+                inner.rotten.insert((column, key));
+                what
+            }
+        };
+        tell!(self.trace, "{} {what}", self.name);
+        true
+    }
+
+    fn empty(&self) {
+        let all = |column| DiskChange::DeleteRange(column, Vec::new(), vec![0xff; 64]);
+        self.memory.change(Column::ALL.map(all).to_vec());
+        self.memory.sync();
+    }
+
+    fn whole(&self, column: Column, key: &[u8]) -> io::Result<()> {
+        let rotten = !self.inner.lock().rotten.is_empty();
+        if rotten && self.inner.lock().rotten.contains(&(column, key.to_vec())) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a bad block"));
+        }
+        Ok(())
     }
 
     /// Whether the process was to die here; it then never comes back from the write.
@@ -115,13 +200,52 @@ impl Disk {
     }
 }
 
+/// A disk as a store opens it.
+pub struct Shelf(pub Arc<Disk>);
+
+impl Place for Shelf {
+    fn open(&self) -> Result<(Arc<dyn Engine>, Promise), OpenError> {
+        let promise = self.0.inner.lock().promise;
+        Ok((Arc::clone(&self.0) as Arc<dyn Engine>, promise))
+    }
+
+    fn put_aside(&self) -> io::Result<()> {
+        self.0.empty();
+        let mut inner = self.0.inner.lock();
+        inner.rotten.clear();
+        (inner.promise, inner.synced_promise) = (Promise::default(), Promise::default());
+        Ok(())
+    }
+
+    fn fence(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.0.inner.lock().fence.clone())
+    }
+
+    fn keep_fence(&self, record: Option<Vec<u8>>) -> io::Result<()> {
+        if record.is_none() {
+            tell!(self.0.trace, "{}: the fence falls", self.0.name);
+        }
+        self.0.inner.lock().fence = record;
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        self.0.name.clone()
+    }
+}
+
 impl Engine for Disk {
     fn get(&self, column: Column, key: &[u8]) -> io::Result<Option<Bytes>> {
+        self.whole(column, key)?;
         self.memory.get(column, key)
     }
 
     fn scan<'a>(&'a self, column: Column, from: &[u8]) -> Box<dyn Iterator<Item = io::Result<KeyValue>> + 'a> {
-        self.memory.scan(column, from)
+        Box::new(self.memory.scan(column, from).map(move |item| {
+            let item = item?;
+            self.whole(column, &item.0)?;
+            Ok(item)
+        }))
     }
 
     fn last(&self, column: Column) -> io::Result<Option<Bytes>> {
@@ -139,7 +263,15 @@ impl Engine for Disk {
             }
             self.trace.count("write", &batch.len().to_le_bytes());
             self.look(&batch);
-            self.memory.change(batch);
+            {
+                let inner = &mut *self.inner.lock();
+                let before = inner.promise;
+                inner.promise.before(&batch)?;
+                if inner.promise != before {
+                    inner.synced_promise = inner.promise;
+                }
+            }
+            self.memory.change(batch.clone());
             if sync {
                 if self.dies(Moment::BeforeSync) {
                     return std::future::pending().await;
@@ -154,6 +286,7 @@ impl Engine for Disk {
                     return std::future::pending().await;
                 }
             }
+            self.inner.lock().promise.after(&batch)?;
             Ok(())
         })
     }

@@ -22,6 +22,8 @@ const NANOS: i64 = 1_000_000_000;
 struct Answers {
     /// Nanoseconds since the simulation began.
     now: i64,
+    /// How far this machine's monotonic clock has run ahead of that, or stayed behind.
+    drift: i64,
     /// How far the wall clock is off, in nanoseconds.
     wall_error: i64,
     random: u64,
@@ -33,17 +35,17 @@ thread_local! {
 
 /// From here on this thread is a simulation's.
 pub(crate) fn begin(seed: u64) {
-    ANSWERS.set(Some(Answers { now: 0, wall_error: 0, random: seed }));
+    ANSWERS.set(Some(Answers { now: 0, drift: 0, wall_error: 0, random: seed }));
 }
 
-/// Sets this thread's clocks.
-pub(crate) fn set_clock(now: i64, wall_error: i64) {
+/// Sets this thread's clocks: the simulation's own, and how a machine's differ from it.
+pub(crate) fn set_clock(now: i64, drift: i64, wall_error: i64) {
     if let Some(answers) = ANSWERS.get() {
-        ANSWERS.set(Some(Answers { now, wall_error, ..answers }));
+        ANSWERS.set(Some(Answers { now, drift, wall_error, ..answers }));
     }
 }
 
-/// This thread's time since its simulation began, in nanoseconds.
+/// The time since this thread's simulation began, in nanoseconds, whatever any machine's clock says.
 pub(crate) fn now() -> i64 {
     ANSWERS.get().map_or(0, |answers| answers.now)
 }
@@ -69,8 +71,8 @@ pub unsafe extern "C" fn clock_gettime(clock: libc::clockid_t, out: *mut libc::t
         return unsafe { libc::syscall(libc::SYS_clock_gettime, clock, out) } as c_int;
     };
     let (start, moved) = match clock {
-        libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_COARSE => (WALL, answers.now + answers.wall_error),
-        _ => (UPTIME, answers.now),
+        libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_COARSE => (WALL, answers.now + answers.drift + answers.wall_error),
+        _ => (UPTIME, answers.now + answers.drift),
     };
     // SAFETY: the caller promises a place for the answer.
     unsafe {
@@ -117,10 +119,11 @@ mod tests {
         let before = Instant::now();
         std::thread::sleep(Duration::from_millis(2));
         assert_eq!(before, Instant::now());
-        set_clock(5 * NANOS, -2 * NANOS);
-        assert_eq!(before.elapsed(), Duration::from_secs(5));
+        set_clock(5 * NANOS, NANOS, -2 * NANOS);
+        assert_eq!(now(), 5 * NANOS);
+        assert_eq!(before.elapsed(), Duration::from_secs(6));
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        assert_eq!(wall, Duration::from_secs(WALL.unsigned_abs() + 3));
+        assert_eq!(wall, Duration::from_secs(WALL.unsigned_abs() + 4));
         ANSWERS.set(None);
         assert!(began.elapsed() > Duration::from_millis(2));
     }

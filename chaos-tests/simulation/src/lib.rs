@@ -8,12 +8,14 @@ mod chance;
 mod clients;
 mod disk;
 mod kernel;
+mod line;
 mod network;
 mod node;
 mod process;
 mod registers;
 mod run;
 mod trace;
+mod trouble;
 mod world;
 
 pub use apart::run_apart;

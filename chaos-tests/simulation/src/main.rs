@@ -20,6 +20,9 @@ struct Flags {
     /// Plant a mistake.
     #[arg(long)]
     planted: Option<Mistake>,
+    /// Let this kind of trouble (a number, see trouble.rs) come every other time.
+    #[arg(long)]
+    favourite: Option<u64>,
     /// End with the first seed that shows this text.
     #[arg(long)]
     until: Option<String>,
@@ -35,6 +38,10 @@ enum Mistake {
     ReadsWhileDeposed,
     KeepsItsLease,
     ForgetsTombstones,
+    VotesBehindItsFence,
+    BelievesOldAnswers,
+    CountsLearners,
+    TrustsAllClocks,
 }
 
 impl From<Mistake> for Planted {
@@ -44,6 +51,10 @@ impl From<Mistake> for Planted {
             Mistake::ReadsWhileDeposed => Self::ReadsWhileDeposed,
             Mistake::KeepsItsLease => Self::KeepsItsLease,
             Mistake::ForgetsTombstones => Self::ForgetsTombstones,
+            Mistake::VotesBehindItsFence => Self::VotesBehindItsFence,
+            Mistake::BelievesOldAnswers => Self::BelievesOldAnswers,
+            Mistake::CountsLearners => Self::CountsLearners,
+            Mistake::TrustsAllClocks => Self::TrustsAllClocks,
         }
     }
 }
@@ -52,7 +63,7 @@ impl From<Mistake> for Planted {
 fn main() -> std::io::Result<ExitCode> {
     let flags = Flags::parse();
     let planted = flags.planted.map(Planted::from);
-    let plan = |seed| Plan { planted, ..Plan::of(seed) };
+    let plan = |seed| Plan { planted, favourite: flags.favourite, ..Plan::of(seed) };
     if let Some(seed) = flags.seed {
         if std::env::var_os("RUST_LOG").is_some() {
             let filter = tracing_subscriber::EnvFilter::from_default_env();

@@ -1,20 +1,26 @@
 //! A host of the simulated pool: a disk that stays, and a process that comes and goes.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use controller::{
     Controller, ControllerConfig, Guest, InitialMember, Refusal, Reply, Request, SystemClock, VoterPolicy,
 };
 use parking_lot::Mutex;
-use raft_store::{CommitError, LogIndex, Member, NotLeader, PeerTls, Planted, State, Store, StoreConfig, Transaction};
+use raft_store::{
+    CommitError, History, LogIndex, Member, NotLeader, PeerTls, Planted, State, Store, StoreConfig, Transaction,
+};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tower::ServiceExt as _;
 
 use crate::agents::{self, Hosts};
-use crate::disk::Disk;
+use crate::chance::Chance;
+use crate::disk::{Disk, Shelf};
+use crate::kernel;
 use crate::network::{Incoming, Network, Place};
 use crate::process::Process;
 use crate::tell;
@@ -31,8 +37,21 @@ pub enum Ask {
     Look,
     /// To hand the lead to another node.
     Transfer(u64),
+    /// To change who is a member, and who votes.
+    Change(Change),
     /// To answer a call of the API.
     Call(Request),
+}
+
+/// A change of members.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// This one learns from now on.
+    Learner(Member),
+    /// These vote, and no others.
+    Voters(BTreeSet<u64>),
+    /// This one is a member no more.
+    Remove(u64),
 }
 
 /// What a node answers.
@@ -42,8 +61,8 @@ pub enum Told {
     Committed(Result<LogIndex, CommitError>),
     /// The state, or who has it.
     State(Result<Arc<State>, NotLeader>),
-    /// The lead has moved, or not.
-    Transferred,
+    /// The lead has moved, or not; the members are others, or not.
+    Tried,
     /// The call's answer, or who has it.
     Reply(Result<Reply, Refusal>),
 }
@@ -53,11 +72,33 @@ struct Asked {
     answer: Box<dyn FnOnce(Told) + Send>,
 }
 
-/// How clients reach the nodes.
+/// How clients reach the nodes: every host that has an address, and who answers there now.
 #[derive(Clone, Default)]
-pub struct Doors(Arc<Mutex<std::collections::BTreeMap<Place, mpsc::UnboundedSender<Asked>>>>);
+pub struct Doors(Arc<Mutex<BTreeMap<Place, Option<mpsc::UnboundedSender<Asked>>>>>, Arc<AtomicU64>);
 
 impl Doors {
+    /// Some host, there or not.
+    pub fn any(&self, chance: &mut Chance) -> Place {
+        let doors = self.0.lock();
+        let at = chance.index(doors.len());
+        doors.keys().nth(at).copied().unwrap_or(1)
+    }
+
+    /// The newest entry that any host has applied.
+    pub fn newest(&self) -> LogIndex {
+        LogIndex(self.1.load(Ordering::Relaxed))
+    }
+
+    /// A host has applied that entry.
+    pub fn applied(&self, index: LogIndex) {
+        self.1.fetch_max(index.0, Ordering::Relaxed);
+    }
+
+    /// Nobody knows that address any more.
+    pub fn forget(&self, place: Place) {
+        self.0.lock().remove(&place);
+    }
+
     /// Asks a node over the network. Whoever gets no answer in time does not know whether there will have been one.
     pub async fn ask(&self, network: &Network, from: Place, to: Place, ask: Ask, limit: Duration) -> Option<Told> {
         let (tell, told) = oneshot::channel();
@@ -66,7 +107,7 @@ impl Doors {
             let answer = Box::new(move |answer| {
                 back.post(to, from, move || drop(tell.send(answer)));
             });
-            if let Some(door) = doors.0.lock().get(&to) {
+            if let Some(Some(door)) = doors.0.lock().get(&to) {
                 let _ = door.send(Asked { ask, answer });
             }
         });
@@ -89,8 +130,12 @@ pub struct Setting {
     pub planted: Option<Planted>,
     /// A snapshot is taken after so many entries.
     pub snapshot_every: u64,
+    /// How long deletions are remembered.
+    pub history: History,
     /// The hosts' agents, where controllers run on the stores.
     pub hosts: Option<Hosts>,
+    /// How their pool chooses who votes.
+    pub voters: VoterPolicy,
 }
 
 /// A host.
@@ -109,6 +154,14 @@ pub struct Node {
     pub start_at: Option<i64>,
     /// Its wall clock is off by so much, in nanoseconds.
     pub wall_error: i64,
+    /// Its clocks run too fast by so many millionths.
+    pub rate: i64,
+    /// So its monotonic clock is ahead by so much, in nanoseconds.
+    pub drift: i64,
+    /// Its disk was damaged, and it has not been made up for yet.
+    pub damaged: bool,
+    /// It never comes back.
+    pub lost: bool,
     /// The newest entry that was seen in its state.
     pub seen: LogIndex,
 }
@@ -126,6 +179,10 @@ impl Node {
             paused_until: None,
             start_at: None,
             wall_error: 0,
+            rate: 0,
+            drift: 0,
+            damaged: false,
+            lost: false,
             seen: LogIndex(0),
         }
     }
@@ -133,9 +190,9 @@ impl Node {
     /// Starts the process.
     pub fn start(&mut self) {
         tell!(self.setting.trace, "node {} starts", self.id);
-        let process = Process::start();
+        let process = self.timed(|_| Process::start());
         let (door, asked) = mpsc::unbounded_channel();
-        self.setting.doors.0.lock().insert(self.id, door);
+        self.setting.doors.0.lock().insert(self.id, Some(door));
         let arrivals = self.setting.network.listen(self.id);
         let program = Program {
             id: self.id,
@@ -150,11 +207,19 @@ impl Node {
         self.paused_until = None;
     }
 
+    /// Something that happens while this host's clocks are the ones that are looked at.
+    pub fn timed<T>(&self, happens: impl FnOnce(&Self) -> T) -> T {
+        kernel::set_clock(kernel::now(), self.drift, self.wall_error);
+        let out = happens(self);
+        kernel::set_clock(kernel::now(), 0, 0);
+        out
+    }
+
     /// Ends the process between two moves of its tasks; with `power` the disk forgets what it may.
     pub fn crash(&mut self, power: bool) {
         let Some(process) = self.process.take() else { return };
         tell!(self.setting.trace, "node {} {}", self.id, if power { "loses its power" } else { "is killed" });
-        self.setting.doors.0.lock().remove(&self.id);
+        self.setting.doors.0.lock().entry(self.id).and_modify(|door| *door = None);
         self.setting.network.crash(self.id, power);
         *self.store.lock() = None;
         drop(process);
@@ -162,11 +227,23 @@ impl Node {
         self.paused_until = None;
     }
 
+    /// This host as its peers reach it.
+    #[must_use]
+    pub fn member(&self) -> Member {
+        member(self.id)
+    }
+
     /// The store, where the process has opened it.
     #[must_use]
     pub fn store(&self) -> Option<Store> {
         self.store.lock().clone()
     }
+}
+
+/// A node as its peers reach it.
+#[must_use]
+pub fn member(node_id: u64) -> Member {
+    Member { node_id, peer_address: format!("peer-{node_id}"), api_address: format!("127.0.0.{node_id}") }
 }
 
 /// What runs in a node's process.
@@ -185,9 +262,16 @@ impl Program {
         config.snapshot_every = self.setting.snapshot_every;
         config.keep_entries = self.setting.snapshot_every / 4;
         config.planted = self.setting.planted;
+        config.history = self.setting.history;
         let peers = self.setting.network.dial_from(self.id);
-        let store = match Store::open_on(config, self.disk, peers).await {
+        let store = match Store::open_in(config, Arc::new(Shelf(Arc::clone(&self.disk))), peers).await {
             Ok(store) => store,
+            // The daemon's process ends, and waits for room when it is started again.
+            Err(error) if self.disk.is_full() => {
+                tell!(self.setting.trace, "node {}: {error}", self.id);
+                self.process.kill();
+                return;
+            }
             Err(error) => {
                 crate::broken!(self.setting.trace, "node {} does not open its store: {error}", self.id);
                 return;
@@ -247,7 +331,7 @@ fn control(setting: &Setting, hosts: &Hosts, id: u64, store: &Store) -> Controll
         ca_certificate: String::new(),
         certificate: String::new(),
         ca_key: String::new(),
-        voters: VoterPolicy::default(),
+        voters: setting.voters,
         surroundings: None,
     };
     let agents = hosts.seen_from(&setting.network, id);
@@ -268,7 +352,16 @@ async fn obey(store: &Store, controller: Option<&Controller>, ask: Ask) -> Told 
         Ask::Look => Told::State(Ok(store.state())),
         Ask::Transfer(to) => {
             let _ = store.transfer_leader(to).await;
-            Told::Transferred
+            Told::Tried
+        }
+        Ask::Change(change) => {
+            // It is told in the store's own log why it was not.
+            let _ = match change {
+                Change::Learner(member) => store.add_learner(&member).await,
+                Change::Voters(voters) => store.set_voters(voters).await,
+                Change::Remove(node) => store.remove(node).await,
+            };
+            Told::Tried
         }
     }
 }

@@ -7,6 +7,10 @@
 
 use std::collections::BTreeMap;
 
+use crate::kernel;
+use crate::trace::Trace;
+use crate::{broken, tell};
+
 /// A read or a write of one object.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Operation {
@@ -18,6 +22,37 @@ pub struct Operation {
     pub value: String,
     /// Whether it wrote.
     pub write: bool,
+}
+
+/// What was read and written of many objects.
+#[derive(Debug, Default)]
+pub struct Registers(BTreeMap<String, Vec<Operation>>);
+
+impl Registers {
+    /// An operation that began then and is over now, or of which nobody knows whether it was done.
+    pub fn remember(&mut self, object: &str, began: i64, known: bool, value: String, write: bool) {
+        let ended = known.then(kernel::now);
+        self.0.entry(object.to_owned()).or_default().push(Operation { began, ended, value, write });
+    }
+
+    /// Compares all with what each object is in the end.
+    pub fn judge(&self, trace: &Trace, initial: &str, end: impl Fn(&str) -> Option<String>) {
+        for (object, history) in &self.0 {
+            let Some(value) = end(object) else {
+                broken!(trace, "{object} is gone");
+                continue;
+            };
+            let now = kernel::now();
+            let mut history = history.clone();
+            history.push(Operation { began: now, ended: Some(now), value, write: false });
+            if let Err(why) = linearizable(initial, &history) {
+                broken!(trace, "{object} is not linearizable: {why}");
+                for operation in &history {
+                    tell!(trace, "  {operation:?}");
+                }
+            }
+        }
+    }
 }
 
 /// What contradicts every order.

@@ -6,10 +6,12 @@ use std::sync::{Arc, Once};
 use raft_store::State;
 use serde::{Deserialize, Serialize};
 
+use crate::agents::Hosts;
 use crate::broken;
 use crate::calls::Callers;
 use crate::chance::Chance;
 use crate::clients::Clients;
+use crate::line::Surroundings;
 use crate::tell;
 use crate::trace::Trace;
 use crate::world::{Plan, World};
@@ -66,14 +68,14 @@ enum Users {
     /// Of bare stores.
     Clients(Clients),
     /// Of controllers.
-    Callers(Callers),
+    Callers(Callers, Hosts),
 }
 
 impl Users {
     async fn begin(&self, chance: Chance) {
         match self {
             Self::Clients(clients) => clients.clone().found(chance).await,
-            Self::Callers(callers) => callers.clone().begin(chance).await,
+            Self::Callers(callers, _) => callers.clone().begin(chance).await,
         }
     }
 
@@ -81,22 +83,25 @@ impl Users {
         match self {
             Self::Clients(clients) if name > WORKERS => clients.clone().follow(name, chance).await,
             Self::Clients(clients) => clients.clone().write_and_read(name, chance).await,
-            Self::Callers(callers) if name > WORKERS => callers.clone().follow(name, chance).await,
-            Self::Callers(callers) => callers.clone().work(name, chance).await,
+            Self::Callers(callers, hosts) if name > WORKERS + FOLLOWERS => {
+                callers.clone().oversee(name, chance, hosts.clone()).await;
+            }
+            Self::Callers(callers, _) if name > WORKERS => callers.clone().follow(name, chance).await,
+            Self::Callers(callers, _) => callers.clone().work(name, chance).await,
         }
     }
 
     fn judge(&self, state: &State) {
         match self {
             Self::Clients(clients) => clients.judge(state),
-            Self::Callers(callers) => callers.judge(state),
+            Self::Callers(callers, _) => callers.judge(state),
         }
     }
 
     fn answered(&self) -> u64 {
         match self {
             Self::Clients(clients) => clients.acknowledged(),
-            Self::Callers(callers) => callers.answered(),
+            Self::Callers(callers, _) => callers.answered(),
         }
     }
 }
@@ -106,20 +111,25 @@ fn live(plan: Plan, trace: &Trace) -> u64 {
     trace.hear_panics();
     let mut world = World::new(plan, trace.clone());
     let ends = i64::try_from(plan.trouble).unwrap_or(i64::MAX) * MILLI;
-    let nodes = world.nodes.len() as u64;
-    let (network, doors) = (world.network.clone(), world.doors.clone());
-    let users = Arc::new(if plan.controllers {
-        Users::Callers(Callers::new(network, doors, trace.clone(), nodes, ends))
-    } else {
-        Users::Clients(Clients::new(network, doors, trace.clone(), nodes, ends))
+    let all = Surroundings {
+        network: world.network.clone(),
+        doors: world.doors.clone(),
+        trace: trace.clone(),
+        ends,
+        history: world.history(),
+    };
+    let users = Arc::new(match &world.hosts {
+        Some(hosts) => Users::Callers(Callers::new(all), hosts.clone()),
+        None => Users::Clients(Clients::new(all)),
     });
     let mut chance = Chance::new(plan.seed ^ 0xc11e);
-    let working = Arc::new(AtomicU64::new(WORKERS + FOLLOWERS));
-    let chances: Vec<Chance> = (0..=WORKERS + FOLLOWERS).map(|_| chance.fork()).collect();
+    let many = WORKERS + FOLLOWERS + u64::from(plan.controllers);
+    let working = Arc::new(AtomicU64::new(many));
+    let chances: Vec<Chance> = (0..=many).map(|_| chance.fork()).collect();
     let (all, counted) = (Arc::clone(&users), Arc::clone(&working));
     world.clients.spawn(async move {
         all.begin(chances[0].clone()).await;
-        for (name, chance) in (1..=WORKERS + FOLLOWERS).zip(chances.into_iter().skip(1)) {
+        for (name, chance) in (1..=many).zip(chances.into_iter().skip(1)) {
             let (all, counted) = (Arc::clone(&all), Arc::clone(&counted));
             tokio::spawn(async move {
                 all.live(name, chance).await;
@@ -138,7 +148,7 @@ fn live(plan: Plan, trace: &Trace) -> u64 {
         left = unrest(&world, working.load(Ordering::Relaxed));
     }
     if trace.failures().is_empty() {
-        match world.nodes[0].store() {
+        match world.settled() {
             Some(store) if left.is_empty() => users.judge(&store.state()),
             _ => broken!(trace, "the pool does not come to rest: {left:?}"),
         }
@@ -149,12 +159,17 @@ fn live(plan: Plan, trace: &Trace) -> u64 {
 
 /// What keeps a pool from being at rest.
 fn unrest(world: &World, working: u64) -> Vec<String> {
-    if working > 0 || !world.is_settled() {
-        return vec![format!("{working} clients, nodes at one: {}", world.is_settled())];
-    }
-    let (Some(hosts), Some(store)) = (&world.hosts, world.nodes[0].store()) else { return Vec::new() };
+    let settled = world.settled();
+    let store = match settled {
+        Some(store) if working == 0 => store,
+        settled => return vec![format!("{working} clients, nodes at one: {}", settled.is_some())],
+    };
+    let Some(hosts) = &world.hosts else { return Vec::new() };
     let state = store.state();
     let mut left = Callers::under_way(&state);
+    if store.is_between_voters() {
+        left.push("a change of voters".to_owned());
+    }
     left.extend(Callers::unlike(&state, hosts));
     left
 }

@@ -5,13 +5,16 @@
 //! The peers keep their default timings; each acknowledges a write only after a majority has it on disk.
 
 pub mod bulk;
+pub mod disks;
 pub mod etcd;
 pub mod events;
 pub mod failover;
 pub mod load;
 pub mod machine;
+pub mod machines;
 pub mod pool;
 pub mod report;
+pub mod restore;
 pub mod scale;
 pub mod wire;
 

@@ -6,9 +6,12 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 
 use super::bulk::Bulk;
+use super::disks::Disks;
 use super::events::Delays;
 use super::load::{Rounds, median, quantile};
 use super::machine::Machine;
+use super::machines::{Boots, Starts};
+use super::restore::Restored;
 use super::scale::Scale;
 
 const BEGIN: &str = "<!-- measured: begin (written by `make bench`) -->";
@@ -63,6 +66,8 @@ pub struct Report {
     pub events: Delays,
     /// All records at once.
     pub bulk: Vec<Bulk>,
+    /// Virtual machines and disks, where they were asked for.
+    pub real: Option<Real>,
     /// The large pool, where it was asked for.
     pub scale: Option<Scale>,
 }
@@ -134,6 +139,7 @@ impl Report {
             let megabytes = bulk.bytes as f64 / 1e6;
             writeln!(out, "| {} | {megabytes:.1} | {:.1} | {:.0} |", bulk.vms, bulk.milliseconds, bulk.rate())?;
         }
+        self.real.as_ref().map_or(Ok(()), |real| real.write(out))?;
         self.scale.as_ref().map_or(Ok(()), |scale| large(out, scale))
     }
 
@@ -158,6 +164,75 @@ impl Report {
         }
         writeln!(out)
     }
+}
+
+/// Virtual machines and their disks.
+#[derive(Clone, Debug)]
+pub struct Real {
+    /// Simulated machines, many at once.
+    pub starts: Starts,
+    /// A real guest.
+    pub boots: Boots,
+    /// Images.
+    pub disks: Disks,
+}
+
+impl Real {
+    fn write(&self, out: &mut String) -> std::fmt::Result {
+        let Self { starts, boots, disks } = self;
+        writeln!(
+            out,
+            "\n## Virtual machines\n\n`VM.start` from the call to its answer, when the VM runs. On the simulated driver: {} \
+             hosts, {} clients, {} calls. On QEMU under emulation, {} starts of the lab's guest, by turns with the same QEMU \
+             with the same command line, started by hand and told over QMP to go on.\n",
+            starts.hosts,
+            starts.clients,
+            starts.calls.len(),
+            boots.bare.len(),
+        )?;
+        writeln!(out, "| | |\n| --- | ---: |")?;
+        let middle = |times: &[f64]| median(times.iter().copied());
+        let both = |times: &[f64]| format!("{:.1} / {:.1}", middle(times), quantile(times, 0.99));
+        let more = middle(&boots.through_the_pool) - middle(&boots.bare);
+        let rows: [(&str, String); 5] = [
+            ("starts per second, simulated (median round)", format!("{:.0}", middle(&starts.rates))),
+            ("… ms (p50 / p99)", both(&starts.calls)),
+            ("a start on QEMU, ms (p50 / p99)", both(&boots.through_the_pool)),
+            ("bare QEMU, ms (p50 / p99)", both(&boots.bare)),
+            ("the pool's part, ms (difference of the medians)", format!("{more:.1}")),
+        ];
+        for (name, value) in rows {
+            writeln!(out, "| {name} | {value} |")?;
+        }
+        writeln!(
+            out,
+            "\n## Disks\n\nThe `file` driver. Clone and snapshot of a sparse disk of 10 GiB, {} times each; copies of a disk with \
+             {} MiB of noise into the same SR, by turns with `qemu-img convert` of the same image.\n",
+            disks.clone.len(),
+            disks.copied >> 20,
+        )?;
+        writeln!(out, "| | |\n| --- | ---: |")?;
+        let (copy, convert) = (disks.rate(middle(&disks.copy)), disks.rate(middle(&disks.convert)));
+        let rows: [(&str, String); 5] = [
+            ("`VDI.clone`, ms (p50 / p99)", both(&disks.clone)),
+            ("`VDI.snapshot`, ms (p50 / p99)", both(&disks.snapshot)),
+            ("`VDI.copy`, MB/s (median)", format!("{copy:.0}")),
+            ("`qemu-img convert`, MB/s (median)", format!("{convert:.0}")),
+            ("copy ÷ convert", format!("{:.2}", copy / convert)),
+        ];
+        for (name, value) in rows {
+            writeln!(out, "| {name} | {value} |")?;
+        }
+        Ok(())
+    }
+}
+
+/// Virtual machines and disks alone.
+pub fn real_alone(real: &Real) -> String {
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    let _ = real.write(&mut text);
+    text
 }
 
 fn large(out: &mut String, scale: &Scale) -> std::fmt::Result {
@@ -192,7 +267,26 @@ fn large(out: &mut String, scale: &Scale) -> std::fmt::Result {
     for (name, value) in rows {
         writeln!(out, "| {name} | {value} |")?;
     }
+    restored(out, &scale.restored)?;
     writeln!(out, "\n{} watchers follow every VM in `event.from` meanwhile.", size.watchers)
+}
+
+fn restored(out: &mut String, restored: &Restored) -> std::fmt::Result {
+    let rows: [(&str, String); 6] = [
+        ("the database as a file, MB", format!("{:.0}", restored.bytes as f64 / 1e6)),
+        ("… fetched, s", format!("{:.1}", restored.dump)),
+        ("… put back as a dry run, s", format!("{:.1}", restored.dry_run)),
+        ("… put back, with another name for every VM, s", format!("{:.1}", restored.restore)),
+        ("longest pause of 4 writers meanwhile, ms", format!("{:.0}", restored.pause)),
+        ("… while nothing else is done, ms", format!("{:.0}", restored.pause_at_rest)),
+    ];
+    for (name, value) in rows {
+        writeln!(out, "| {name} | {value} |")?;
+    }
+    if !restored.same_master {
+        writeln!(out, "| another host became master over it | yes |")?;
+    }
+    Ok(())
 }
 
 fn loads(out: &mut String, loads: &[Load]) -> std::fmt::Result {
@@ -226,6 +320,14 @@ pub fn alone(scale: &Scale) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = large(&mut text, scale);
+    text
+}
+
+/// What a restore gave, alone.
+pub fn restore_alone(measured: &Restored) -> String {
+    let mut text = format!("| a pool of {} VMs | |\n| --- | ---: |\n", measured.vms);
+    // Writing to a string cannot fail.
+    let _ = restored(&mut text, measured);
     text
 }
 

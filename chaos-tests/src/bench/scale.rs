@@ -13,6 +13,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use super::load::{Rounds, quantile, round};
 use super::pool::{Pool, call};
+use super::restore::{self, Restored};
 use super::wire::Wire;
 use super::{bulk, description};
 use crate::lab::{Lab, What};
@@ -55,6 +56,8 @@ pub struct Scale {
     pub restart: f64,
     /// Seconds from starting a host's controller without its database to its having all again.
     pub catch_up: f64,
+    /// The database fetched and put back.
+    pub restored: Restored,
     /// Milliseconds from the start of a write to its event at a watcher.
     pub events: Vec<f64>,
     /// Changes a second that the writers made meanwhile.
@@ -112,6 +115,7 @@ pub async fn measure(program: &Path, dir: &Path, size: Size) -> anyhow::Result<S
     let restart = started.elapsed().as_secs_f64();
     eprintln!("scale: a host without its database");
     let catch_up = caught_up(&pool, &name).await?;
+    let restored = restore::measure(&mut pool, size.vms).await?;
     Ok(Scale {
         size,
         making,
@@ -123,6 +127,7 @@ pub async fn measure(program: &Path, dir: &Path, size: Size) -> anyhow::Result<S
         writes_beside_reads,
         restart,
         catch_up,
+        restored,
         events,
         changed,
     })

@@ -1,6 +1,6 @@
 //! Measures a three-host pool beside a three-node etcd on this machine, prints the result and writes it down.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use chaos_tests::bench::bulk::{self, Bulk};
@@ -8,9 +8,9 @@ use chaos_tests::bench::etcd::{self, Etcd};
 use chaos_tests::bench::load::{Rounds, round};
 use chaos_tests::bench::machine::Machine;
 use chaos_tests::bench::pool::Pool;
-use chaos_tests::bench::report::{self, Load, Report, Run, put_into};
+use chaos_tests::bench::report::{self, Load, Real, Report, Run, put_into};
 use chaos_tests::bench::scale::{self, Size};
-use chaos_tests::bench::{events, failover};
+use chaos_tests::bench::{disks, events, failover, machines, restore};
 use clap::Parser;
 use tokio::process::Command;
 
@@ -46,6 +46,12 @@ struct Flags {
     /// Measure the large pool alone
     #[arg(long)]
     only_scale: bool,
+    /// Measure dump and restore of a database with --vms VMs alone
+    #[arg(long, conflicts_with = "only_scale")]
+    only_restore: bool,
+    /// Measure virtual machines and disks alone
+    #[arg(long, conflicts_with_all = ["only_scale", "only_restore"])]
+    only_real: bool,
     /// Leave the large pool out
     #[arg(long, conflicts_with = "only_scale")]
     no_scale: bool,
@@ -95,6 +101,12 @@ async fn main() -> anyhow::Result<()> {
     if flags.only_scale {
         return print(&report::alone(&scale::measure(&program, &flags.dir, size).await?));
     }
+    if flags.only_restore {
+        return print(&report::restore_alone(&restore::alone(&program, &flags.dir, size.vms).await?));
+    }
+    if flags.only_real {
+        return print(&report::real_alone(&real(&flags, &program).await?));
+    }
     eprintln!("starting the peers in {}", flags.dir.display());
     let mut pool = Pool::start(&program, &flags.dir).await?;
     let mut peer = match &etcd_program {
@@ -127,16 +139,36 @@ async fn main() -> anyhow::Result<()> {
         all.push(bulk::measure(&mut pool, vms, if flags.quick { 3 } else { 15 }).await?);
     }
     drop(pool);
+    let real = Some(real(&flags, &program).await?);
     let large = if flags.no_scale { None } else { Some(scale::measure(&program, &flags.dir, size).await?) };
 
-    let report =
-        Report { machine, run, writes, reads, pool_failovers, etcd_failovers, events: heard, bulk: all, scale: large };
+    let report = Report {
+        machine,
+        run,
+        writes,
+        reads,
+        pool_failovers,
+        etcd_failovers,
+        events: heard,
+        bulk: all,
+        real,
+        scale: large,
+    };
     let text = report.markdown();
     print(&text)?;
     match &flags.write {
         Some(path) => put_into(path, &text),
         None => Ok(()),
     }
+}
+
+/// Virtual machines and disks.
+async fn real(flags: &Flags, program: &Path) -> anyhow::Result<Real> {
+    let (vms, rounds, data) = if flags.quick { (64, 2, 64 << 20) } else { (640, 5, 512 << 20) };
+    let starts = machines::starts(program, &flags.dir, 10, vms, rounds).await?;
+    let boots = machines::boots(program, &flags.dir, if flags.quick { 2 } else { 15 }).await?;
+    let disks = disks::measure(program, &flags.dir, if flags.quick { 2 } else { 9 }, data).await?;
+    Ok(Real { starts, boots, disks })
 }
 
 /// Writes and reads, at both peers by turns.

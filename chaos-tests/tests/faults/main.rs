@@ -8,6 +8,7 @@
 mod clocks;
 mod disks;
 mod epochs;
+mod handover;
 mod kills;
 mod long_life;
 mod pauses;

@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
-use crate::support::{SOON, new_vm, refusal, text, until};
+use crate::support::{SOON, new_vm, plugged, refusal, text, until};
 
 /// What curl was answered.
 #[derive(Debug)]
@@ -134,6 +134,7 @@ async fn a_restored_pool_is_as_it_was_dumped_also_after_all_hosts_were_killed() 
     client.call("VM.provision", json!([running])).await.unwrap();
     client.call("VM.start", json!([running, false, false])).await.unwrap();
     client.call("VM.add_to_other_config", json!([renamed, "key", "value"])).await.unwrap();
+    plugged(&mut client).await;
     let before = contents(&mut client).await;
 
     // The same dump, whoever is asked and however the asker is known.
@@ -206,6 +207,7 @@ async fn a_restored_pool_is_as_it_was_dumped_also_after_all_hosts_were_killed() 
         (state == "Halted").then_some(())
     })
     .await;
+    plugged(&mut client).await;
     let after = contents(&mut client).await;
     let about_the_dead = |difference: &String| difference.contains(&running) && difference.starts_with("VM.");
     let left: Vec<_> = differences(&before, &after).into_iter().filter(|it| !about_the_dead(it)).collect();

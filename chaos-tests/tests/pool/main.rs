@@ -3,12 +3,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may take a failure for what it is")]
 
 mod backup;
+mod certificates;
 mod continuity;
 mod events;
 mod lab;
+mod lifecycle;
 mod mastership;
 mod membership;
 mod stock;
+mod storage;
 mod support;
 mod vms;
 mod voters;

@@ -1,8 +1,6 @@
 //! Hosts come, go and die, and the pool knows which are its own.
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use chaos_tests::client::{CallError, Client};
@@ -12,12 +10,12 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
-use crate::support::{SOON, lives, new_vm, other_master, refusal, text, until};
+use crate::support::{
+    HANDOVER, SOON, Witness, hand_overs, is_live, lives, new_vm, other_master, refusal, text, until, until_member,
+};
 
 /// How soon the pool must show that a host is dead.
 const DEATH_SHOWN: Duration = Duration::from_secs(5);
-/// How long the service may pause while the lead is handed over.
-const HANDOVER: Duration = Duration::from_millis(200);
 /// Voters that are silent for longer are replaced, in labs that are asked to.
 const REPLACE_AFTER: Duration = Duration::from_millis(1_500);
 
@@ -33,11 +31,6 @@ async fn running_on(lab: &Lab, client: &mut Client, host: &str, name: &str) -> S
     let host = lab.host_reference(client, host).await.unwrap();
     client.call("VM.start_on", json!([vm, host, false, false])).await.unwrap();
     vm
-}
-
-async fn is_live(client: &mut Client, host: &str) -> bool {
-    let metrics = client.persist(SOON, "host.get_metrics", json!([host])).await.unwrap();
-    client.persist(SOON, "host_metrics.get_live", json!([metrics])).await.unwrap() == true
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -105,47 +98,21 @@ async fn a_dead_host_is_forgotten_with_all_that_is_its_own() {
     // Two are left, and the death of the one that does not vote is no loss.
     let name = client.call("host.get_all", json!([])).await.unwrap();
     assert_eq!(name.as_array().unwrap().len(), 2);
-}
 
-/// Writes as fast as it is answered until told to stop; the longest that one write took, and how many there were.
-async fn write_on(mut client: Client, vm: String, stop: Arc<AtomicBool>) -> (Duration, usize) {
-    let (mut longest, mut count) = (Duration::ZERO, 0);
-    while !stop.load(Ordering::Relaxed) {
-        let begun = Instant::now();
-        client.call("VM.set_name_description", json!([vm, format!("{count}")])).await.expect("no call fails");
-        longest = longest.max(begun.elapsed());
-        count += 1;
-    }
-    (longest, count)
+    // It comes back, long after anybody would have told it: it asks, and begins anew.
+    lab.start(&victim, What::Host).await.unwrap();
+    let host = lab.made().host(&victim).unwrap().clone();
+    let alone = until(SOON * 2, "the forgotten host to be a pool of its own", async || {
+        view(&lab, &host).await.ok().filter(|view| view.hosts.len() == 1)
+    })
+    .await;
+    assert_ne!(Some(alone.pool), host.pool);
+    assert_eq!(client.call("host.get_all", json!([])).await.unwrap().as_array().unwrap().len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_master_that_is_asked_to_go_is_replaced_without_a_failed_call_and_with_a_short_pause() {
-    let lab = Lab::sim().await.unwrap();
-    let mut client = lab.client().await.unwrap();
-    let vm = new_vm(&mut client, "written throughout").await;
-    let mut pauses = Vec::new();
-    for _ in 0..5 {
-        let master = until(SOON, "a master", async || lab.status().await.unwrap().master).await;
-        let next = lab.made().hosts.iter().find(|host| host.name != master).unwrap();
-        let reference = lab.host_reference(&mut client, &next.name).await.unwrap();
-        let stop = Arc::new(AtomicBool::new(false));
-        let at_master = lab.made().host(&master).unwrap().endpoint().unwrap();
-        let writers: Vec<_> =
-            (0..4).map(|_| tokio::spawn(write_on(client.at(&at_master), vm.clone(), stop.clone()))).collect();
-        sleep(Duration::from_millis(200)).await;
-        client.call("pool.designate_new_master", json!([reference])).await.unwrap();
-        sleep(Duration::from_millis(300)).await;
-        stop.store(true, Ordering::Relaxed);
-        let mut longest = Duration::ZERO;
-        for writer in writers {
-            let (pause, count) = writer.await.expect("a call failed");
-            assert!(count > 10, "{count} writes");
-            longest = longest.max(pause);
-        }
-        assert_eq!(lab.master_by_pool(&mut client).await.unwrap(), next.name);
-        pauses.push(longest);
-    }
+    let mut pauses = hand_overs(&Lab::sim().await.unwrap(), 5).await;
     pauses.sort_unstable();
     eprintln!("pauses: {pauses:?}");
     assert!(pauses[pauses.len() / 2] < HANDOVER, "{pauses:?}");
@@ -196,16 +163,6 @@ async fn view(lab: &Lab, host: &Host) -> Result<View, CallError> {
         .collect();
     let pool = uuids(&pools).remove(0);
     Ok(View { pool, hosts: uuids(&hosts), vms: uuids(&Value::Object(guests)) })
-}
-
-/// Waits until a host is a live member of the pool that this client talks to.
-async fn until_member(client: &mut Client, uuid: &str) -> String {
-    until(SOON, "the host to be a live member", async || {
-        let host = client.persist(SOON, "host.get_by_uuid", json!([uuid])).await.ok()?;
-        let host = text(&host);
-        is_live(client, &host).await.then_some(host)
-    })
-    .await
 }
 
 fn target(lab: &Lab) -> Value {
@@ -418,37 +375,6 @@ async fn a_survivor_whose_majority_is_lost_begins_the_pool_anew_and_the_others_c
     client.persist(SOON, "VM.set_name_label", json!([vm, "written by the other"])).await.unwrap();
 }
 
-/// A witness of the lab's pool, ended with the test.
-struct Witness {
-    process: tokio::process::Child,
-    _dir: tempfile::TempDir,
-}
-
-impl Witness {
-    async fn enrol(lab: &Lab) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        // The next address of the lab's.
-        let address = std::net::Ipv4Addr::from(u32::from(lab.base()) + 9);
-        let config = format!(
-            "uuid = \"{}\"\ndata_dir = \"{}\"\nlisten = \"{address}:8444\"\n",
-            uuid::Uuid::new_v4(),
-            dir.path().join("data").display()
-        );
-        std::fs::write(dir.path().join("witness.toml"), config).unwrap();
-        let log = std::fs::File::create(lab.dir().join("witness.log")).unwrap();
-        let master = lab.made().master().unwrap().endpoint().unwrap().to_string();
-        let process = tokio::process::Command::new(lab.program())
-            .args(["controller", "--witness", "--join", master.trim_start_matches("https://"), "--config"])
-            .arg(dir.path().join("witness.toml"))
-            .env("XENITH_ROOT_PASSWORD", &lab.made().password)
-            .stderr(log)
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        Self { process, _dir: dir }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hosts_and_a_witness_survive_the_death_of_any_one_and_the_witness_is_never_master() {
     let flags = ["--wait", "60"];
@@ -475,44 +401,4 @@ async fn two_hosts_and_a_witness_survive_the_death_of_any_one_and_the_witness_is
     }
     witness.process.kill().await.unwrap();
     client.persist(SOON, "VM.set_name_label", json!([vm, "without the witness"])).await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_pools_authority_and_every_certificate_are_replaced_while_it_serves() {
-    let lab = Lab::sim().await.unwrap();
-    let mut client = lab.client().await.unwrap();
-    let vm = new_vm(&mut client, "written meanwhile").await;
-    let before = std::fs::read_to_string(lab.dir().join("ca/ca.pem")).unwrap();
-    let secret = client.call("pool.initial_auth", json!([])).await.unwrap();
-    client.call("pool.rotate_secret", json!([])).await.unwrap();
-    let again = refusal(client.call("pool.rotate_secret", json!([])).await);
-    assert_eq!(again.0, "OPERATION_NOT_ALLOWED");
-    let pool = text(&client.call("pool.get_all", json!([])).await.unwrap()[0]);
-    let mut writes = 0;
-    until(SOON * 2, "the rotation to end", async || {
-        client.persist(SOON, "VM.set_name_description", json!([vm, format!("{writes}")])).await.unwrap();
-        writes += 1;
-        let pending = client.persist(SOON, "pool.get_is_psr_pending", json!([pool])).await.unwrap();
-        (pending == false).then_some(())
-    })
-    .await;
-    let mut authorities: Vec<_> = lab
-        .made()
-        .hosts
-        .iter()
-        .map(|host| lab.dir().join(&host.name).join("controller/current/tls/ca.pem"))
-        .map(|path| std::fs::read_to_string(path).unwrap())
-        .collect();
-    authorities.dedup();
-    assert_eq!(authorities.len(), 1);
-    assert_eq!(authorities[0].matches("BEGIN CERTIFICATE").count(), 1, "the old authority is believed no more");
-    assert_ne!(authorities[0], before);
-    assert_ne!(client.persist(SOON, "pool.initial_auth", json!([])).await.unwrap(), secret);
-    // Nothing of it is in memory alone.
-    for host in &lab.made().hosts {
-        lab.kill(&host.name, What::Host).await.unwrap();
-    }
-    lab.up_again(&[]).await.unwrap();
-    let label = client.persist(SOON, "VM.get_name_description", json!([vm])).await.unwrap();
-    assert_eq!(label, format!("{}", writes - 1));
 }

@@ -3,17 +3,23 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use proto::agent::agent_client::AgentClient;
-use proto::agent::outcome::Result as Outcome;
-use proto::agent::{AgentEvent, DomainState, HelloReply, HelloRequest, Step, WatchRequest};
+use proto::agent::{AgentEvent, ConsoleBytes, ConsoleName, HelloReply, HelloRequest, Step, WatchRequest};
 use raft_store::PeerTls;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use super::{Agent, AgentError};
+use crate::handlers::Tunnel;
 
+use super::{Agent, AgentError, Performed};
+
+/// Pieces that wait on their way to a console.
+const WAITING_PIECES: usize = 16;
 const HELLO_LIMIT: Duration = Duration::from_secs(3);
 
 pub(super) struct GrpcAgent {
@@ -65,15 +71,12 @@ impl Agent for GrpcAgent {
         limited(HELLO_LIMIT, self.client.clone().hello(request)).await
     }
 
-    async fn perform(&self, step: Step, limit: Duration) -> Result<DomainState, AgentError> {
-        match limited(limit, self.client.clone().perform(step)).await?.result {
-            Some(Outcome::Domain(state)) => Ok(state),
-            Some(Outcome::Refusal(refusal)) => Err(AgentError::Refused(refusal)),
-            Some(Outcome::Store(_) | Outcome::Volume(_)) => {
-                Err(AgentError::Unknown("an outcome of another kind".into()))
-            }
-            None => Err(AgentError::Unknown("an empty outcome".into())),
+    async fn perform(&self, step: Step, limit: Duration) -> Result<Performed, AgentError> {
+        let outcome = limited(limit, self.client.clone().perform(step)).await?;
+        if outcome.result.is_none() {
+            return Err(AgentError::Unknown("an empty outcome".into()));
         }
+        Performed::try_from(outcome).map_err(AgentError::Refused)
     }
 
     async fn watch(
@@ -82,5 +85,18 @@ impl Agent for GrpcAgent {
     ) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError> {
         let events = limited(HELLO_LIMIT, self.client.clone().watch(request)).await?;
         Ok(events.map(|event| event.map_err(|status| failed(&status))).boxed())
+    }
+
+    async fn console(&self, pool: &str, vm: &str, protocol: &str) -> Result<Tunnel, AgentError> {
+        let name = ConsoleName { pool: pool.to_owned(), vm: vm.to_owned(), protocol: protocol.to_owned() };
+        let (to, typed) = mpsc::channel::<Bytes>(WAITING_PIECES);
+        let first = futures::stream::once(async { ConsoleBytes { console: Some(name), data: Vec::new() } });
+        let typed = ReceiverStream::new(typed).map(|piece| ConsoleBytes { console: None, data: piece.into() });
+        let shown = limited(HELLO_LIMIT, self.client.clone().open_console(first.chain(typed))).await?;
+        let from = shown.map(|piece| match piece {
+            Ok(piece) => Ok(Bytes::from(piece.data)),
+            Err(status) => Err(std::io::Error::other(status.message().to_owned())),
+        });
+        Ok(Tunnel { from: from.boxed(), to })
     }
 }

@@ -11,8 +11,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use parking_lot::Mutex;
-use proto::agent::{AgentEvent, DomainState, HelloReply, HelloRequest, Refusal, Step, WatchRequest};
+use proto::agent::{
+    AgentEvent, DomainState, HelloReply, HelloRequest, Outcome, Refusal, Step, StoreState, VolumeState, WatchRequest,
+    outcome,
+};
 use raft_store::PeerTls;
+
+use crate::handlers::Tunnel;
 
 /// Why an agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -28,18 +33,62 @@ pub enum AgentError {
     Unknown(String),
 }
 
+/// What a step that was done came to.
+#[allow(clippy::large_enum_variant, reason = "one at a time, on its way from an agent into a transaction")]
+#[derive(Debug, Clone, PartialEq)]
+pub enum Performed {
+    /// The domain as it is after the step.
+    Domain(DomainState),
+    /// The store.
+    Store(StoreState),
+    /// The volume.
+    Volume(VolumeState),
+    /// The step failed, and might.
+    Nothing,
+}
+
+impl From<Performed> for Outcome {
+    fn from(performed: Performed) -> Self {
+        let result = match performed {
+            Performed::Domain(state) => Some(outcome::Result::Domain(state)),
+            Performed::Store(state) => Some(outcome::Result::Store(state)),
+            Performed::Volume(state) => Some(outcome::Result::Volume(state)),
+            Performed::Nothing => None,
+        };
+        Self { result }
+    }
+}
+
+impl TryFrom<Outcome> for Performed {
+    type Error = Refusal;
+
+    fn try_from(outcome: Outcome) -> Result<Self, Refusal> {
+        match outcome.result {
+            Some(outcome::Result::Domain(state)) => Ok(Self::Domain(state)),
+            Some(outcome::Result::Store(state)) => Ok(Self::Store(state)),
+            Some(outcome::Result::Volume(state)) => Ok(Self::Volume(state)),
+            Some(outcome::Result::Refusal(refusal)) => Err(refusal),
+            None => Ok(Self::Nothing),
+        }
+    }
+}
+
 /// What an agent can be asked.
 #[async_trait]
 pub trait Agent: Send + Sync + 'static {
     /// Versions, features and the host's facts.
     async fn hello(&self, request: HelloRequest) -> Result<HelloReply, AgentError>;
     /// Does one step, at most once; waits no longer than `limit`.
-    async fn perform(&self, step: Step, limit: Duration) -> Result<DomainState, AgentError>;
+    async fn perform(&self, step: Step, limit: Duration) -> Result<Performed, AgentError>;
     /// Every domain, then every change.
     async fn watch(
         &self,
         request: WatchRequest,
     ) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError>;
+    /// Opens the console of a domain. An agent without domains has none.
+    async fn console(&self, _pool: &str, vm: &str, _protocol: &str) -> Result<Tunnel, AgentError> {
+        Err(AgentError::Unreachable(format!("{vm} has no console here")))
+    }
 }
 
 type Connect = dyn Fn(&str) -> Result<Arc<dyn Agent>, AgentError> + Send + Sync;

@@ -7,7 +7,7 @@ use datamodel::{Host, Ref, Timestamp, Value, Vm, errors, model};
 
 use crate::call::Call;
 use crate::failure::{Served, refuse};
-use crate::membership::{self, departure, rotation};
+use crate::membership::{self, departure, rotation, trust};
 use crate::placement;
 
 pub(super) async fn get_servertime(cx: &Call, this: Ref<Host>) -> Served<Timestamp> {
@@ -45,6 +45,10 @@ pub(super) async fn declare_dead(cx: &Call, this: Ref<Host>) -> Served<()> {
 
 pub(super) async fn refresh_server_certificate(cx: &Call, this: Ref<Host>) -> Served<()> {
     rotation::refresh(cx, this).await
+}
+
+pub(super) async fn get_server_certificate(cx: &Call, this: Ref<Host>) -> Served<String> {
+    trust::server_certificate(cx, this).await
 }
 
 pub(super) async fn destroy(cx: &Call, this: Ref<Host>) -> Served<()> {

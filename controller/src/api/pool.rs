@@ -5,6 +5,7 @@ use datamodel::{Host, PoolSecret, Ref, fields};
 
 use crate::call::Call;
 use crate::failure::Served;
+use crate::membership::trust::{self, Kind};
 use crate::membership::{admission, emergency, join, mastership, rotation};
 
 pub(super) async fn designate_new_master(cx: &Call, host: Ref<Host>) -> Served<()> {
@@ -48,4 +49,37 @@ pub(super) async fn is_slave(cx: &Call, host: Ref<Host>) -> Served<bool> {
 
 pub(super) async fn rotate_secret(cx: &Call) -> Served<()> {
     rotation::rotate(cx).await
+}
+
+pub(super) async fn install_ca_certificate(cx: &Call, name: String, pem: String) -> Served<()> {
+    trust::install(cx, Kind::Authority, name, pem).await
+}
+
+pub(super) async fn uninstall_ca_certificate(cx: &Call, name: String) -> Served<()> {
+    trust::uninstall(cx, Kind::Authority, name).await
+}
+
+pub(super) async fn certificate_list(cx: &Call) -> Served<Vec<String>> {
+    Ok(trust::list(&cx.state, Kind::Authority))
+}
+
+pub(super) async fn crl_install(cx: &Call, name: String, pem: String) -> Served<()> {
+    trust::install(cx, Kind::Revocations, name, pem).await
+}
+
+pub(super) async fn crl_uninstall(cx: &Call, name: String) -> Served<()> {
+    trust::uninstall(cx, Kind::Revocations, name).await
+}
+
+pub(super) async fn crl_list(cx: &Call) -> Served<Vec<String>> {
+    Ok(trust::list(&cx.state, Kind::Revocations))
+}
+
+/// Nothing to do: they are rows, which every host has.
+pub(super) async fn certificate_sync(_: &Call) -> Served<()> {
+    Ok(())
+}
+
+pub(super) async fn enable_tls_verification(cx: &Call) -> Served<()> {
+    trust::enable_verification(cx).await
 }

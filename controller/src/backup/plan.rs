@@ -376,7 +376,7 @@ fn allowed_operations(old: &DumpRow, now: &Row) -> Value {
     let dumped = old.fields.iter().find(|(place, _)| *place == index).map(|(_, value)| value.clone());
     match dumped {
         Some(dumped) if rests && old.power_state() == now.get(vm::POWER_STATE) => dumped,
-        _ => lifecycle::allowed_operations(now).into_value(),
+        _ => lifecycle::allowed_in(now, &lifecycle::Around::default()).into_value(),
     }
 }
 

@@ -20,6 +20,7 @@ use super::{licence, storage};
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
 use crate::membership::{self, departure};
+use crate::{operations, storage as stores};
 
 const PRODUCT_VERSION: &str = "8.3.0";
 /// Newer ones switch some clients to a mode that expects an update server.
@@ -47,7 +48,7 @@ pub(super) async fn attach(shared: &Arc<Shared>, reference: Ref<Member>, reply: 
         let host_ref = match state.row(host_ref) {
             _ if joined.is_some() => joined.unwrap_or(host_ref),
             Some(host_row) => {
-                refresh(&mut change, row, host_row, &facts);
+                refresh(&state, &mut change, row, host_row, &facts);
                 host_ref
             }
             None => make(shared, &state, &mut change, row, &facts),
@@ -55,6 +56,7 @@ pub(super) async fn attach(shared: &Arc<Shared>, reference: Ref<Member>, reply: 
         if change.is_empty() {
             return Ok(host_ref);
         }
+        operations::refresh(&state, &mut change);
         match shared.store.commit(change).await {
             Ok(_) => return Ok(host_ref),
             Err(CommitError::Conflict(_)) => {}
@@ -77,10 +79,11 @@ fn clocks(facts: &HostFacts) -> [(&'static str, String); 2] {
 }
 
 /// What may have changed while the host was away. A new boot enables it, whoever disabled it.
-fn refresh(change: &mut Transaction, row: &Row, host_row: &Row, facts: &HostFacts) {
+fn refresh(state: &State, change: &mut Transaction, row: &Row, host_row: &Row, facts: &HostFacts) {
     let reference = host_row.typed::<Host>();
     if row.get(member::BOOT_ID) != facts.boot_id {
         change.set(row.typed::<Member>(), member::BOOT_ID, facts.boot_id.clone());
+        stores::unplugged_by_boot(state, change, reference);
         if !host_row.get(host::ENABLED) {
             change.set(reference, host::ENABLED, true);
         }

@@ -27,6 +27,7 @@ pub(super) fn found(shared: &Shared, change: &mut Transaction) {
     change.insert(
         NewRow::new(pool_ref, shared.uuid())
             .with(pool::DEFAULT_SR, shared_sr)
+            .with(pool::SUSPEND_IMAGE_SR, shared_sr)
             .with(pool::OTHER_CONFIG, memory_ratios.map(|(key, value)| (key.to_owned(), value.to_owned())).into())
             .with(pool::RESTRICTIONS, licence::flags())
             .with(pool::HA_CLUSTER_STACK, "xenith".to_owned())

@@ -7,6 +7,7 @@
 //!
 //! A transfer that was given a task ends it, whatever becomes of the connection, the caller or this host.
 
+mod console;
 mod database;
 mod transfer;
 
@@ -26,6 +27,8 @@ use crate::dispatch::{self, Rights, check_session};
 use crate::failure::{Failure, Served};
 use crate::{sessions, tasks};
 
+pub(crate) use console::connect;
+pub use console::{CONSOLE, Knock, Tunnel};
 pub(crate) use transfer::{Transfer, parameter};
 
 /// Bytes as they come and go; an error ends them before their end.
@@ -138,6 +141,8 @@ pub enum Declined {
     Redirect(Member),
     /// Nobody can be asked now.
     Unavailable(ApiError),
+    /// What is asked for is not there.
+    Absent(ApiError),
     /// An error of the API.
     Refused(ApiError),
 }

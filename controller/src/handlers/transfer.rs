@@ -34,6 +34,8 @@ pub(crate) struct Transfer {
     /// Null where the client asked for none.
     pub(crate) task: Ref<Task>,
     pub(crate) cancel: CancellationToken,
+    /// Dropped, nobody runs the task any more.
+    running: Option<tasks::Run>,
 }
 
 impl Transfer {
@@ -46,8 +48,8 @@ impl Transfer {
         query: Vec<(String, String)>,
     ) -> Served<Self> {
         let cancel = CancellationToken::new();
-        let task = tasks::adopt(shared, &state, &query, label, cancel.clone()).await?;
-        Ok(Self { shared: Arc::clone(shared), state, who, query, task, cancel })
+        let (task, running) = tasks::adopt(shared, &state, &query, label, cancel.clone()).await?;
+        Ok(Self { shared: Arc::clone(shared), state, who, query, task, cancel, running })
     }
 
     /// Whether a parameter of the query is `true`.
@@ -68,7 +70,7 @@ impl Transfer {
             cancel: self.cancel.clone(),
             runtime: tokio::runtime::Handle::current(),
         };
-        let Self { shared, state, task, cancel, .. } = self;
+        let Self { shared, state, task, cancel, running, .. } = self;
         // Ends with its client, which takes the pieces or is given up; the task ends with it.
         let work = async move {
             let writing = tokio::task::spawn_blocking(move || {
@@ -90,6 +92,7 @@ impl Transfer {
             }
             drop(pieces);
             tasks::end_transfer(&shared, task, outcome.as_ref().copied()).await;
+            drop(running);
         };
         tokio::spawn(work.in_current_span());
         Opened::Download { content_type, body: tokio_stream::wrappers::ReceiverStream::new(receiver).boxed() }
@@ -97,12 +100,13 @@ impl Transfer {
 
     /// Takes what the client sends: `work` reads it, and its outcome ends the task. Goes on without the client, which
     /// may hang up as soon as it has sent all.
-    pub(crate) fn upload<F, W>(self, work: F) -> Opened
+    pub(crate) fn upload<F, W>(mut self, work: F) -> Opened
     where
         F: FnOnce(Arc<Self>) -> W + Send + 'static,
         W: Future<Output = Served<()>> + Send + 'static,
     {
         let outcome = async move {
+            let running = self.running.take();
             let transfer = Arc::new(self);
             let (shared, task) = (Arc::clone(&transfer.shared), transfer.task);
             let cancel = transfer.cancel.clone();
@@ -116,6 +120,7 @@ impl Transfer {
                 };
                 let outcome = outcome.map_err(Failure::into_api);
                 tasks::end_transfer(&shared, task, outcome.as_ref().copied()).await;
+                drop(running);
                 outcome
             };
             let ended = tokio::spawn(whole.in_current_span()).await;

@@ -20,7 +20,7 @@ use raft_store::{NewRow, Row, State, Transaction, decode_rows, encode_rows};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{JOINING, departure, is_live, node_id, precondition};
+use super::{JOINING, departure, is_live, node_id, precondition, trust};
 use crate::call::Call;
 use crate::certificates::{self, Issued};
 use crate::controller::Shared;
@@ -84,8 +84,18 @@ const BROUGHT: &[&str] = &[
     "Feature",
 ];
 /// What the pool looks at besides.
-const SHOWN: &[&str] =
-    &["pool", "SM", "Bond", "tunnel", "VLAN", "network_sriov", "Cluster_host", "SDN_controller", "Certificate"];
+const SHOWN: &[&str] = &[
+    "pool",
+    "SM",
+    "Bond",
+    "tunnel",
+    "VLAN",
+    "network_sriov",
+    "Cluster_host",
+    "SDN_controller",
+    "Certificate",
+    "trusted",
+];
 
 /// A host's rows for an application.
 pub(crate) fn bring(state: &State) -> String {
@@ -232,6 +242,7 @@ pub(crate) fn bring_in(
     let Some(host_row) = theirs.all::<Host>().next() else { return Ok(None) };
     let reference = host_row.typed::<Host>();
     Luggage::sort(state, &theirs).insert(change);
+    trust::adopt(shared, state, &theirs, change);
     change
         .set(this, member::HOST, reference)
         .set(reference, host::ADDRESS, row.get(member::API_ADDRESS))

@@ -14,7 +14,7 @@ use super::{is_live, persist};
 use crate::call::Call;
 use crate::controller::Shared;
 use crate::failure::{Served, refuse};
-use crate::operations::{Shadow, show};
+use crate::operations::{refresh, show};
 
 /// Whether what is done to a host takes its storage with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +54,7 @@ pub(crate) async fn declare_dead(cx: &Call, this: Ref<Host>) -> Served<()> {
         for guest in guests(state, this) {
             reset(&cx.shared, state, change, guest);
         }
+        refresh(state, change);
         Ok(())
     })
     .await
@@ -68,6 +69,7 @@ pub(crate) async fn reset_power_state(cx: &Call, this: Ref<Vm>) -> Served<()> {
             expect_dead(state, host_row)?;
         }
         reset(&cx.shared, state, change, &row);
+        refresh(state, change);
         Ok(())
     })
     .await
@@ -99,11 +101,9 @@ fn reset(shared: &Shared, state: &State, change: &mut Transaction, row: &Row) {
         ..DomainState::default()
     };
     let this = row.typed::<Vm>();
-    let mut after = Shadow::new(row);
     change.expect_row(row);
-    show(shared, state, change, row, Ref::NULL, &gone, &mut after);
+    show(shared, state, change, row, Ref::NULL, &gone);
     change.set(this, vm::SCHEDULED_TO_BE_RESIDENT_ON, Ref::NULL);
-    change.set(this, vm::ALLOWED_OPERATIONS, after.allowed(row));
 }
 
 /// Every row that is a host's own goes with it.

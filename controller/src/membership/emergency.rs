@@ -19,6 +19,7 @@ use serde_json::json;
 
 use super::join::{Credential, ask_in, login as login_abroad};
 use super::seat::{self, AskError, Parting, Seat};
+use super::trust::Trust;
 use super::{expect_no_ha, is_live, node_id};
 use crate::call::{Call, Refusal, Reply, Request, Transport};
 use crate::controller::Shared;
@@ -253,7 +254,7 @@ async fn follow(shared: &Arc<Shared>, address: &str) -> Served<()> {
     let surroundings = shared.surroundings()?;
     let state = shared.store.state();
     let secret = state.all::<PoolSecret>().next().map(|row| row.get(pool_secret::SECRET)).unwrap_or_default();
-    let door = login_abroad(&*surroundings.abroad, address, Credential::Secret(secret)).await?;
+    let door = login_abroad(&*surroundings.abroad, Trust::of(&state), address, Credential::Secret(secret)).await?;
     let parting = Parting::begin(shared)?;
     let seat = ask_in(surroundings, &door, String::new(), false).await?;
     let place = surroundings.home.begin().await.map_err(seat::unwritten)?;
@@ -278,9 +279,9 @@ pub(crate) async fn recover(cx: &Call) -> Served<Vec<Ref<Host>>> {
     let lost = state.all::<Host>().filter(|row| row.typed::<Host>() != master && !follows(row.typed::<Host>()));
     let told = lost.map(|row| async {
         let there = row.get(host::ADDRESS);
-        let abroad = &surroundings.abroad;
-        let session = abroad.ask(&there, "session.slave_local_login", vec![json!(secret)]).await?;
-        abroad.ask(&there, "pool.emergency_reset_master", vec![session, json!(address)]).await?;
+        let (abroad, trust) = (&surroundings.abroad, Trust::of(state));
+        let session = abroad.ask(&trust, &there, "session.slave_local_login", vec![json!(secret)]).await?;
+        abroad.ask(&trust, &there, "pool.emergency_reset_master", vec![session, json!(address)]).await?;
         Ok::<_, AskError>(row.typed::<Host>())
     });
     let told = futures::future::join_all(told).await;

@@ -12,7 +12,8 @@ use uuid::Uuid;
 
 use super::admission::{self, Admission, Application};
 use super::seat::{self, Abroad, Alone, AskError, Parting, Seat, Surroundings};
-use super::{LEAVING, departure, expect_no_ha, is_live, member_of, node_id, persist, rotation};
+use super::trust::Trust;
+use super::{LEAVING, departure, expect_no_ha, is_live, member_of, node_id, persist, rotation, stranger};
 use crate::call::Call;
 use crate::certificates;
 use crate::controller::Shared;
@@ -34,7 +35,8 @@ pub(super) enum Credential {
 /// `pool.join` and `pool.join_force`: this host, a pool of its own, becomes one of another pool.
 pub(crate) async fn join(cx: &Call, address: String, user: String, password: String, force: bool) -> Served<()> {
     let surroundings = cx.shared.surroundings()?;
-    let door = login(&*surroundings.abroad, &address, Credential::Account(user, password)).await?;
+    let trust = Trust::of(&*cx.latest().await?);
+    let door = login(&*surroundings.abroad, trust, &address, Credential::Account(user, password)).await?;
     let parting = Parting::begin(&cx.shared)?;
     let rows = admission::bring(&*cx.latest().await?);
     let seat = ask_in(surroundings, &door, rows, force).await?;
@@ -44,10 +46,11 @@ pub(crate) async fn join(cx: &Call, address: String, user: String, password: Str
     Ok(())
 }
 
-/// Another pool's master, and a session there.
+/// Another pool's master, a session there, and what it has shown so far.
 pub(super) struct Door {
     master: String,
     session: String,
+    trust: Trust,
 }
 
 /// Somebody who asks to be let in, as the pool's hosts reach it.
@@ -72,7 +75,7 @@ pub async fn enrol_witness(
 ) -> Result<Seat, ApiError> {
     let account = Credential::Account(user.to_owned(), password.to_owned());
     let ask = async {
-        let door = login(&*abroad, master, account).await?;
+        let door = login(&*abroad, Trust::default(), master, account).await?;
         let application = Application {
             version: admission::VERSION,
             host_uuid: newcomer.uuid,
@@ -111,9 +114,9 @@ async fn enter(abroad: &dyn Abroad, door: &Door, application: Application) -> Se
     let application = Application { public_key: key.public.clone(), ..application };
     let text = serde_json::to_string(&application).map_err(|error| errors::internal_error(error.to_string()))?;
     let (master, session) = (&door.master, json!(door.session));
-    let answer = abroad.ask(master, "pool.admit", vec![session.clone(), json!(text)]).await;
+    let answer = abroad.ask(&door.trust, master, "pool.admit", vec![session.clone(), json!(text)]).await;
     // A session that cannot be ended now expires by itself.
-    let _ = abroad.ask(master, "session.logout", vec![session]).await;
+    let _ = abroad.ask(&door.trust, master, "session.logout", vec![session]).await;
     let answer = answer.map_err(|error| match error {
         AskError::Refused(description) if description.first().is_some_and(|code| code == "MESSAGE_METHOD_UNKNOWN") => {
             errors::hosts_not_compatible()
@@ -131,7 +134,7 @@ async fn enter(abroad: &dyn Abroad, door: &Door, application: Application) -> Se
 }
 
 /// A session on the other pool's master, wherever a redirect leads.
-pub(super) async fn login(abroad: &dyn Abroad, address: &str, credential: Credential) -> Served<Door> {
+pub(super) async fn login(abroad: &dyn Abroad, trust: Trust, address: &str, credential: Credential) -> Served<Door> {
     let (method, params) = match credential {
         Credential::Account(user, password) => {
             ("session.login_with_password", vec![json!(user), json!(password), json!("2.21"), json!("xenith-join")])
@@ -140,8 +143,8 @@ pub(super) async fn login(abroad: &dyn Abroad, address: &str, credential: Creden
     };
     let mut master = address.to_owned();
     for _ in 0..MOST_REDIRECTIONS {
-        match abroad.ask(&master, method, params.clone()).await {
-            Ok(Json::String(session)) => return Ok(Door { master, session }),
+        match abroad.ask(&trust, &master, method, params.clone()).await {
+            Ok(Json::String(session)) => return Ok(Door { master, session, trust }),
             Ok(_) => return refuse(errors::joining_host_service_failed()),
             Err(AskError::Refused(description)) if description.first().is_some_and(|code| code == "HOST_IS_SLAVE") => {
                 let port = address.rsplit_once(':').map(|(_, port)| port).filter(|_| !address.ends_with(']'));
@@ -155,7 +158,7 @@ pub(super) async fn login(abroad: &dyn Abroad, address: &str, credential: Creden
 }
 
 /// `pool.eject`: the host's rows go, with the storage that only it had, and the host hears of it through the log: it
-/// wipes itself and is a pool of its own again. Where it dies first it hears of it when it is back.
+/// wipes itself and is a pool of its own again. Where it dies first it hears of it when it is back, or asks (`stranger`).
 pub(crate) async fn eject(cx: &Call, this: Ref<Host>) -> Served<()> {
     let row = cx.row(this)?;
     let master =
@@ -197,11 +200,14 @@ pub(crate) async fn eject(cx: &Call, this: Ref<Host>) -> Served<()> {
 pub(crate) async fn attend(shared: &Arc<Shared>) {
     let Ok(surroundings) = shared.surroundings() else { return };
     let mut applied = shared.store.applied();
+    let forgotten = stranger::found_out(shared, surroundings);
+    tokio::pin!(forgotten);
+    let mut is_forgotten = false;
     loop {
         let state = shared.store.state();
         let this = shared.store.node_id();
         let told = state.all::<Member>().any(|row| node_id(row) == this && row.get(member::STANDING) == LEAVING);
-        if told {
+        if told || is_forgotten {
             match leave(shared, surroundings, &state).await {
                 Ok(()) => return,
                 Err(error) => {
@@ -216,8 +222,9 @@ pub(crate) async fn attend(shared: &Arc<Shared>) {
             Ok(true) => return,
             Err(error) => tracing::error!(?error, "this host's new certificates are not written yet"),
         }
-        if applied.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = applied.changed() => if changed.is_err() { return },
+            () = &mut forgotten => is_forgotten = true,
         }
         // Members change seldom, and this is looked at on every host: not for each of a thousand commits a second.
         tokio::time::sleep(LOOK_AGAIN).await;
@@ -225,7 +232,7 @@ pub(crate) async fn attend(shared: &Arc<Shared>) {
 }
 
 async fn leave(shared: &Shared, surroundings: &Surroundings, state: &State) -> Served<()> {
-    tracing::warn!("this host was ejected: it begins anew as a pool of its own");
+    tracing::warn!("this host is not of its pool any more: it begins anew as a pool of its own");
     let parting = Parting::begin(shared)?;
     let seat = alone(surroundings, state)?;
     let place = surroundings.home.begin().await.map_err(seat::unwritten)?;

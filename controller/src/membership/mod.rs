@@ -13,27 +13,27 @@ pub(crate) mod mastership;
 pub(crate) mod precondition;
 pub(crate) mod rotation;
 pub(crate) mod seat;
+pub(crate) mod stranger;
+pub(crate) mod trust;
 pub(crate) mod voters;
 
 use datamodel::fields::{host, host_metrics, member, pool};
-use datamodel::{Host, Member, Pool, Ref, Value, errors};
-use raft_store::{CommitError, Row, State, Transaction};
+use datamodel::{Host, Member, Pool, Ref, errors};
+use raft_store::{Row, State};
 
-use crate::call::Call;
+use crate::call::persist;
 use crate::failure::{Served, refuse};
-use crate::repeats::Stage;
 
 pub use join::{Newcomer, enrol_witness};
-pub use seat::{Abroad, Alone, AskError, Home, Seat, Surroundings};
+pub use rotation::told_to_have;
+pub use seat::{Abroad, Alone, AskError, Home, Peers, Seat, Standing, Surroundings};
+pub use trust::Trust;
 pub use voters::Policy as VoterPolicy;
 
 /// How a member stands; the word in its row.
 pub(crate) const JOINING: &str = "joining";
 /// It has been ejected, and is told so until it is sure to know.
 pub(crate) const LEAVING: &str = "leaving";
-
-/// Somebody else changed a row meanwhile: so often it is tried again.
-const ATTEMPTS: usize = 16;
 
 /// Whether a host's agent is heard.
 pub(crate) fn is_live(state: &State, row: &Row) -> bool {
@@ -55,25 +55,4 @@ pub(crate) fn expect_no_ha(state: &State) -> Served<()> {
         return refuse(errors::ha_is_enabled());
     }
     Ok(())
-}
-
-/// Decides on the newest state and commits; decides anew where somebody was faster. The call's one effect.
-async fn persist(cx: &Call, decide: impl Fn(&State, &mut Transaction) -> Served<()>) -> Served<()> {
-    for _ in 0..ATTEMPTS {
-        let state = cx.latest().await?;
-        let mut change = cx.transaction();
-        decide(&state, &mut change)?;
-        if change.is_empty() {
-            return Ok(());
-        }
-        match cx.commit_as(change, Stage::Done(Value::Void)).await {
-            Ok(_) => return Ok(()),
-            Err(CommitError::Conflict(raft_store::Conflict::Exists(class, reference))) => {
-                return Err(CommitError::Conflict(raft_store::Conflict::Exists(class, reference)).into());
-            }
-            Err(CommitError::Conflict(_)) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    refuse(errors::too_many_pending_tasks())
 }

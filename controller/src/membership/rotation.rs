@@ -7,15 +7,16 @@
 //!
 //! One host after the other is told, the master last: its controller starts anew on its new files, with the lead handed
 //! over if it has it, and the next one is told when it is heard again. Agents read the files by themselves, and tell the
-//! master what they read.
+//! master what they read; a witness, which has no agent, tells it itself.
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::fields::{member, pool, pool_secret};
 use datamodel::{Host, Member, Pool, PoolSecret, Ref, errors};
-use proto::agent::{HelloReply, HelloRequest};
+use proto::agent::HelloRequest;
 use raft_store::{LogIndex, Row, State, Transaction};
 use uuid::Uuid;
 
@@ -44,7 +45,12 @@ fn secret(state: &State) -> Served<&Arc<Row>> {
 }
 
 fn hosts(state: &State) -> impl Iterator<Item = &Arc<Row>> {
-    state.all::<Member>().filter(|row| !row.get(member::WITNESS) && row.get(member::STANDING) != super::LEAVING)
+    parties(state).filter(|row| !row.get(member::WITNESS))
+}
+
+/// All that have certificates of the pool: its hosts, and its witness.
+fn parties(state: &State) -> impl Iterator<Item = &Arc<Row>> {
+    state.all::<Member>().filter(|row| row.get(member::STANDING) != super::LEAVING)
 }
 
 /// `pool.rotate_secret`: the secret is another at once, the authority and all certificates are on their way.
@@ -95,18 +101,44 @@ pub(crate) async fn refresh(cx: &Call, this: Ref<Host>) -> Served<()> {
     .await
 }
 
-/// A certificate for the key that the host has.
-fn renewed(authority: &Issued, row: &Row, reply: &HelloReply) -> Served<String> {
+/// A certificate for the key that the member has.
+fn renewed(authority: &Issued, row: &Row, has: &Certificates) -> Served<String> {
     let told = |error: &dyn std::fmt::Display| Failure::Api(errors::internal_error(error.to_string()));
-    let address = row.get(member::API_ADDRESS).parse().map_err(|error| told(&error))?;
-    certificates::renew(authority, &reply.certificate, &row.get(member::HOST_UUID), &[address])
+    let address = if row.get(member::WITNESS) {
+        row.get(member::PEER_ADDRESS).parse::<SocketAddr>().map_err(|error| told(&error))?.ip()
+    } else {
+        row.get(member::API_ADDRESS).parse().map_err(|error| told(&error))?
+    };
+    certificates::renew(authority, &has.certificate, &row.get(member::HOST_UUID), &[address])
         .map_err(|error| told(&error))
 }
 
-async fn ask(shared: &Shared, state: &State, row: &Row, epoch: LogIndex) -> Option<HelloReply> {
+/// What a member has now: its certificate, and those of whom it believes.
+struct Certificates {
+    certificate: String,
+    authorities: String,
+}
+
+/// A host's agent is asked; a witness has none and answers itself.
+async fn ask(shared: &Shared, state: &State, row: &Row, epoch: LogIndex) -> Option<Certificates> {
+    if row.get(member::WITNESS) {
+        let peers = &shared.surroundings().ok()?.peers;
+        let (certificate, authorities) = peers.certificates(&row.get(member::PEER_ADDRESS)).await?;
+        return Some(Certificates { certificate, authorities });
+    }
     let agent = shared.agents.at(&row.get(member::AGENT_ADDRESS)).ok()?;
     let pool = state.all::<Pool>().next().map(|row| row.uuid().to_owned()).unwrap_or_default();
-    agent.hello(HelloRequest { version: 1, pool, epoch: epoch.0 }).await.ok()
+    let reply = agent.hello(HelloRequest { version: 1, pool, epoch: epoch.0 }).await.ok()?;
+    Some(Certificates { certificate: reply.certificate, authorities: reply.authorities })
+}
+
+/// A witness that is away for this long is left out: it may be gone for good, and three hosts do without it.
+const WITNESS_GONE: Duration = Duration::from_secs(60);
+
+fn is_gone(shared: &Shared, row: &Row) -> bool {
+    let seen = shared.store.progress();
+    let silent = seen.get(&node_id(row)).and_then(|seen| seen.silent);
+    row.get(member::WITNESS) && silent.is_some_and(|silent| silent > WITNESS_GONE)
 }
 
 /// Brings a rotation that is under way to its end, as long as this node leads.
@@ -133,7 +165,7 @@ async fn step(shared: &Arc<Shared>, epoch: LogIndex, settled: &mut HashSet<Ref<M
     let authority = admission::authority(&state)?;
     let mut change = shared.transaction();
     change.expect_row(row);
-    let mut rows: Vec<&Arc<Row>> = hosts(&state).collect();
+    let mut rows: Vec<&Arc<Row>> = parties(&state).filter(|row| !is_gone(shared, row)).collect();
     rows.sort_by_key(|row| node_id(row) == shared.store.node_id());
     for row in rows {
         let reference = row.typed::<Member>();
@@ -198,16 +230,21 @@ fn finish(state: &State, change: &mut Transaction, reference: Ref<PoolSecret>) {
     }
 }
 
+/// The authorities and the certificate that a member is to have: what its row says, and what it has where that says
+/// nothing. None where those are what it has.
+#[must_use]
+pub fn told_to_have(state: &State, node: u64, ca: &str, certificate: &str) -> Option<(String, String)> {
+    let row = parties(state).find(|row| node_id(row) == node)?;
+    let or = |told: String, has: &str| if told.is_empty() { has.to_owned() } else { told };
+    let told = (or(row.get(member::TRUSTS), ca), or(row.get(member::CERTIFICATE), certificate));
+    (told.0 != ca || told.1 != certificate).then_some(told)
+}
+
 /// Whether this host was told to have other certificates: then its files are those now, and it starts anew.
 pub(crate) async fn follow(shared: &Shared, surroundings: &Surroundings, state: &State) -> Served<bool> {
-    let Some(row) = hosts(state).find(|row| node_id(row) == shared.store.node_id()) else { return Ok(false) };
     let config = &shared.config;
-    let or = |told: String, has: &String| if told.is_empty() { has.clone() } else { told };
-    let trusts = or(row.get(member::TRUSTS), &config.ca_certificate);
-    let certificate = or(row.get(member::CERTIFICATE), &config.certificate);
-    if (&trusts, &certificate) == (&config.ca_certificate, &config.certificate) {
-        return Ok(false);
-    }
+    let told = told_to_have(state, shared.store.node_id(), &config.ca_certificate, &config.certificate);
+    let Some((trusts, certificate)) = told else { return Ok(false) };
     surroundings.home.renew(&trusts, &certificate).await.map_err(super::seat::unwritten)?;
     tracing::info!("this host's certificates are others now: starting anew on them");
     surroundings.home.restart();

@@ -9,11 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use async_trait::async_trait;
 use datamodel::{ApiError, errors};
 use serde_json::Value as Json;
+use uuid::Uuid;
 
 use crate::certificates::Issued;
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
 use crate::first_boot::InitialMember;
+use crate::membership::trust::Trust;
 
 /// A host's place in a pool: what it is there, and who it is to the others.
 #[derive(Clone)]
@@ -56,6 +58,8 @@ pub trait Home: Send + Sync + 'static {
 pub enum AskError {
     /// Nobody was reached, or the connection broke.
     Connection(String),
+    /// Whoever was reached did not show a certificate that is believed; nothing was said.
+    Untrusted(String),
     /// Somebody was reached that does not speak the API.
     Service(String),
     /// An error of the API: its code and parameters.
@@ -65,8 +69,33 @@ pub enum AskError {
 /// Calls hosts that are not of this pool.
 #[async_trait]
 pub trait Abroad: Send + Sync + 'static {
-    /// One call at that address (`host` or `host:port`); the session, where it takes one, among the parameters.
-    async fn ask(&self, address: &str, method: &str, params: Vec<Json>) -> Result<Json, AskError>;
+    /// One call at that address (`host` or `host:port`), if who is there can be trusted; the session, where it takes
+    /// one, among the parameters.
+    async fn ask(&self, trust: &Trust, address: &str, method: &str, params: Vec<Json>) -> Result<Json, AskError>;
+
+    /// The certificate, in PEM, that is shown at that address.
+    async fn certificate(&self, trust: &Trust, address: &str) -> Result<String, AskError>;
+}
+
+/// How a host stands to a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It is of the pool, or is about to be.
+    Member,
+    /// It is not, and under that node id will never be again.
+    Stranger,
+    /// Whoever was asked cannot say.
+    Unknown,
+}
+
+/// Asks members of this pool, over the peers' connections.
+#[async_trait]
+pub trait Peers: Send + Sync + 'static {
+    /// How a host stands to the pool, if whoever is at that address is its master.
+    async fn standing(&self, address: &str, node_id: u64, host: Uuid) -> Standing;
+
+    /// The certificate that a member has, and those of the authorities that it believes; none where it does not answer.
+    async fn certificates(&self, address: &str) -> Option<(String, String)>;
 }
 
 /// The process around the controller.
@@ -78,6 +107,8 @@ pub struct Surroundings {
     pub home: Arc<dyn Home>,
     /// How it reaches other pools.
     pub abroad: Arc<dyn Abroad>,
+    /// How it reaches members of its own, master or not.
+    pub peers: Arc<dyn Peers>,
 }
 
 /// While a host is on its way to another seat nothing is written on this one: it would be left behind.
@@ -128,6 +159,10 @@ pub(crate) fn told_by(error: AskError) -> ApiError {
         AskError::Connection(reason) => {
             tracing::warn!(reason, "the other pool is not reached");
             errors::joining_host_connection_failed()
+        }
+        AskError::Untrusted(reason) => {
+            tracing::warn!(reason, "the other pool's certificate is not believed");
+            errors::ssl_verify_error(reason)
         }
         AskError::Service(reason) => {
             tracing::warn!(reason, "what was reached is no pool");

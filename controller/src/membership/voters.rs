@@ -158,7 +158,7 @@ async fn step(shared: &Arc<Shared>, term: Duration) {
             api_address: row.get(member::API_ADDRESS),
         };
         store.add_learner(&newcomer).await
-    } else if wanted != voters {
+    } else if wanted != voters || store.is_between_voters() {
         tracing::info!(?wanted, ?voters, "other members vote");
         let done = store.set_voters(wanted.clone()).await;
         if done.is_ok() {

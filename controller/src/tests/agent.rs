@@ -1,19 +1,24 @@
 //! An agent whose steps can be held up, and which does what it is asked.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use parking_lot::Mutex;
 use proto::agent::agent_event::Event;
+use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 use proto::agent::{
-    AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, Nic, PowerState, Step, WatchRequest,
+    AgentEvent, Beat, DomainList, DomainState, HelloReply, HelloRequest, HostFacts, Nic, PowerState, Refusal, Step,
+    WatchRequest,
 };
 use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
-use crate::{Agent, AgentError};
+use super::stores::Stores;
+use crate::{Agent, AgentError, Performed};
 
 const MEMORY: u64 = 16 << 30;
 
@@ -22,11 +27,22 @@ pub(crate) struct Obedient {
     open: watch::Sender<bool>,
     begun: watch::Sender<usize>,
     domains: broadcast::Sender<DomainState>,
+    pub(crate) stores: Stores,
+    steps: Mutex<Vec<Step>>,
+    refusals: Mutex<VecDeque<Refusal>>,
 }
 
 impl Obedient {
     pub(crate) fn new(host: Uuid) -> Self {
-        Self { host, open: watch::Sender::new(true), begun: watch::Sender::new(0), domains: broadcast::Sender::new(8) }
+        Self {
+            host,
+            open: watch::Sender::new(true),
+            begun: watch::Sender::new(0),
+            domains: broadcast::Sender::new(8),
+            stores: Stores::default(),
+            steps: Mutex::default(),
+            refusals: Mutex::default(),
+        }
     }
 
     /// Steps wait from now on.
@@ -37,6 +53,17 @@ impl Obedient {
     /// Steps that wait go on.
     pub(crate) fn release(&self) {
         self.open.send_replace(true);
+    }
+
+    /// The next step is refused for this.
+    pub(crate) fn refuse(&self, reason: Reason) {
+        let refusal = Refusal { reason: reason.into(), detail: "as the test wants it".into(), ..Refusal::default() };
+        self.refusals.lock().push_back(refusal);
+    }
+
+    /// Every step that was asked for, in order.
+    pub(crate) fn steps(&self) -> Vec<Step> {
+        self.steps.lock().clone()
     }
 
     /// Tells of a domain.
@@ -60,34 +87,72 @@ impl Agent for Obedient {
             memory_total: MEMORY,
             memory_free: MEMORY,
             control_domain_memory: 1 << 28,
+            boot_id: self.stores.boot_id(),
             nics: vec![Nic { device: "eth0".into(), mtu: 1500, management: true, ..Nic::default() }],
             ..HostFacts::default()
         };
         Ok(HelloReply { version: 1, host: self.host.to_string(), facts: Some(facts), ..HelloReply::default() })
     }
 
-    async fn perform(&self, step: Step, _: Duration) -> Result<DomainState, AgentError> {
+    async fn perform(&self, step: Step, _: Duration) -> Result<Performed, AgentError> {
+        if let Some(outcome) = self.stores.perform(&step) {
+            return outcome;
+        }
         self.begun.send_modify(|begun| *begun += 1);
         let mut open = self.open.subscribe();
         open.wait_for(|open| *open).await.map_err(|error| AgentError::Unknown(error.to_string()))?;
+        self.steps.lock().push(step.clone());
+        if let Some(refusal) = self.refusals.lock().pop_front() {
+            return Err(AgentError::Refused(refusal));
+        }
+        let memory_actual = match &step.action {
+            Some(Action::Start(start)) => start.spec.as_ref().map_or(0, |spec| spec.memory_target),
+            Some(Action::MemoryTarget(target)) => target.bytes,
+            _ => 0,
+        };
         let (state, domid) = match step.action {
-            Some(Action::Start(_) | Action::Unpause(_) | Action::Reboot(_)) => (PowerState::Running, 7),
+            Some(
+                Action::Start(_)
+                | Action::Unpause(_)
+                | Action::Reboot(_)
+                | Action::Resume(_)
+                | Action::MemoryTarget(_)
+                | Action::Vcpus(_)
+                | Action::Keys(_),
+            ) => (PowerState::Running, 7),
             Some(Action::Pause(_)) => (PowerState::Paused, 7),
+            // Its domain was paused before.
+            Some(Action::Suspend(suspend)) if suspend.keep_running => (PowerState::Paused, 7),
             _ => (PowerState::Halted, -1),
         };
-        Ok(DomainState { vm: step.vm, state: state.into(), domid, ..DomainState::default() })
+        Ok(Performed::Domain(DomainState {
+            vm: step.vm,
+            state: state.into(),
+            domid,
+            memory_actual,
+            ..DomainState::default()
+        }))
     }
 
     async fn watch(&self, _: WatchRequest) -> Result<BoxStream<'static, Result<AgentEvent, AgentError>>, AgentError> {
         let event = |event| Ok(AgentEvent { event: Some(event) });
         let all = futures::stream::once(async move { event(Event::All(DomainList { domains: Vec::new() })) });
-        let beats = futures::stream::unfold((), move |()| async move {
-            tokio::time::sleep(Duration::from_millis(500)).await;
-            Some((event(Event::Beat(Beat { memory_free: MEMORY, memory_total: MEMORY })), ()))
+        let boot = self.stores.booted();
+        let beats = futures::stream::unfold(boot, move |mut boot| async move {
+            // A host that boots breaks its connections.
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(500)) => {}
+                _ = boot.changed() => return None,
+            }
+            Some((event(Event::Beat(Beat { memory_free: MEMORY, memory_total: MEMORY })), boot))
         });
         let domains = futures::stream::unfold(self.domains.subscribe(), move |mut domains| async move {
             domains.recv().await.ok().map(|domain| (event(Event::Domain(domain)), domains))
         });
-        Ok(all.chain(futures::stream::select(beats, domains)).boxed())
+        let booted = {
+            let mut boot = self.stores.booted();
+            async move { drop(boot.changed().await) }
+        };
+        Ok(all.chain(futures::stream::select(beats, domains)).take_until(booted).boxed())
     }
 }

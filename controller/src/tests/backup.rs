@@ -366,8 +366,10 @@ async fn what_a_lost_master_left_of_a_restore_is_thrown_away_and_its_task_fails(
     let query = vec![("task_id".to_owned(), orphan.to_string())];
     let state = pool.store().read().await.unwrap();
     let shared = &pool.controller.shared;
-    tasks::adopt(shared, &state, &query, "Reading", tokio_util::sync::CancellationToken::new()).await.unwrap();
-    shared.tasks.forget(orphan);
+    let adopted =
+        tasks::adopt(shared, &state, &query, "Reading", tokio_util::sync::CancellationToken::new()).await.unwrap();
+    // As if the process that ran it had ended.
+    drop(adopted);
 
     backup::forget_stages(shared).await;
     let state = pool.store().read().await.unwrap();

@@ -3,14 +3,23 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod agent;
+mod appliances;
 mod backup;
 mod dispatch;
 mod events;
+mod guests;
 mod implicit;
+mod lifecycle;
 mod membership;
 mod operations;
 mod repeats;
+mod schedules;
 mod sessions;
+mod storage;
+mod storage_faults;
+mod storage_rules;
+mod stores;
+mod suspended;
 mod tasks;
 
 use std::sync::Arc;
@@ -127,6 +136,12 @@ impl Pool {
         let leads = leadership.wait_for(|now| matches!(now, Leadership::Leader { .. }));
         tokio::time::timeout(PATIENCE, leads).await.unwrap().unwrap();
         pool.until(|state| state.all::<HostMetrics>().any(|row| row.get(host_metrics::LIVE))).await;
+        // Its stores are plugged, and then it rests.
+        pool.until(|state| {
+            state.all::<datamodel::Pbd>().all(|row| row.get(datamodel::fields::pbd::CURRENTLY_ATTACHED))
+                && state.count(datamodel::Operation::ID) == 0
+        })
+        .await;
         pool.root = pool.login().await;
         pool
     }
@@ -214,6 +229,18 @@ impl Pool {
         self.ask("VM.provision", vec![text(reference.to_string())]).await.unwrap();
         assert!(!self.row(Vm::ID, reference).await.unwrap().get(vm::IS_A_TEMPLATE));
         Ref::from_opaque(reference)
+    }
+
+    /// A VM that runs.
+    pub(crate) async fn running(&self, name: &str) -> Ref<Vm> {
+        let this = self.vm(name).await;
+        self.ask("VM.start", vec![text(this.to_string()), Input::Bool(false), Input::Bool(false)]).await.unwrap();
+        this
+    }
+
+    /// A row that must be there.
+    pub(crate) async fn get<C: ClassKind>(&self, reference: Ref<C>) -> Arc<Row> {
+        self.row(C::ID, reference.opaque()).await.unwrap()
     }
 
     /// A session of somebody who is not root.

@@ -51,6 +51,32 @@ async fn what_fails_inside_fails_the_task_and_what_fails_before_makes_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_task_whose_caller_hangs_up_before_it_is_told_of_it_does_not_stay_pending() {
+    let pool = Pool::start().await;
+    let vm = pool.vm("original").await.to_string();
+    let mut begun = 0;
+    for polls in 1..20 {
+        let before = pool.store().state().count(Task::ID);
+        let mut call = Box::pin(pool.ask("Async.VM.clone", vec![text(&vm), text("copy")]));
+        for _ in 0..polls {
+            if futures::poll!(call.as_mut()).is_ready() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        drop(call);
+        // What was proposed is applied before what is proposed now.
+        pool.commit(|change| {
+            change.touch(datamodel::Vm::ID, vm.parse().unwrap());
+        })
+        .await;
+        begun += usize::from(pool.store().state().count(Task::ID) > before);
+    }
+    assert!(begun > 0, "no task was ever made");
+    pool.until(|state| state.all::<Task>().all(|row| row.get(task::STATUS) != TaskStatusType::Pending)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_destroyed_task_is_an_invalid_handle_of_class_task() {
     let pool = Pool::start().await;
     let made = pool.ask("task.create", vec![text("mine"), text("by hand")]).await.unwrap();

@@ -5,6 +5,7 @@ pub(crate) mod raw;
 mod request;
 mod routes;
 mod transfer;
+pub(crate) mod tunnel;
 
 use std::convert::Infallible;
 use std::sync::Arc;

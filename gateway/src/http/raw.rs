@@ -1,5 +1,5 @@
-//! The one way of sending that hyper does not know: `PUT` in HTTP/1.0 without a length, where the body ends with the
-//! connection. Old clients and pipes into `xe` send so.
+//! What hyper does not know. `PUT` in HTTP/1.0 without a length, where the body ends with the connection: old clients and
+//! pipes into `xe` send so. And `CONNECT` with a path, after which the connection belongs to a console.
 //!
 //! The first request's head is looked at before hyper gets the connection, and only as far as it takes to see that it
 //! is something else, which for a call is its first byte or two.
@@ -33,6 +33,8 @@ pub(crate) enum Opening {
     Usual(Bytes),
     /// A body without a length: its head, and what of it has come already.
     Endless(Box<Parts>, Bytes),
+    /// A connection that becomes something else: its head, and what has come after it.
+    Tunnel(Box<Parts>, Bytes),
 }
 
 /// Looks at how a connection begins. None where it ends before it says anything, or says nothing in time.
@@ -48,43 +50,62 @@ pub(crate) async fn look(
                 return (!seen.is_empty()).then(|| Opening::Usual(seen.freeze()));
             }
             match judge(&seen) {
-                Some(None) => return Some(Opening::Usual(seen.freeze())),
-                Some(Some((head, length))) => return Some(Opening::Endless(head, seen.freeze().slice(length..))),
-                None if seen.len() > largest_head => return Some(Opening::Usual(seen.freeze())),
-                None => {}
+                Judged::Usual => return Some(Opening::Usual(seen.freeze())),
+                Judged::Endless(head, length) => return Some(Opening::Endless(head, seen.freeze().slice(length..))),
+                Judged::Tunnel(head, length) => return Some(Opening::Tunnel(head, seen.freeze().slice(length..))),
+                Judged::Open if seen.len() > largest_head => return Some(Opening::Usual(seen.freeze())),
+                Judged::Open => {}
             }
         }
     };
     tokio::time::timeout(limit, looking).await.ok().flatten()
 }
 
-/// The head and its length, where this is such a request; none as long as that is not known.
-#[allow(clippy::option_option)]
-fn judge(seen: &[u8]) -> Option<Option<(Box<Parts>, usize)>> {
-    const PUT: &[u8] = b"PUT ";
-    let common = seen.len().min(PUT.len());
-    if seen[..common] != PUT[..common] {
-        return Some(None);
+/// What a connection turns out to begin with.
+enum Judged {
+    /// Not known yet.
+    Open,
+    Usual,
+    /// With the length of the head.
+    Endless(Box<Parts>, usize),
+    Tunnel(Box<Parts>, usize),
+}
+
+fn judge(seen: &[u8]) -> Judged {
+    const METHODS: [&[u8]; 2] = [b"PUT ", b"CONNECT "];
+    let begins = |method: &[u8]| {
+        let common = seen.len().min(method.len());
+        seen[..common] == method[..common]
+    };
+    if !METHODS.into_iter().any(begins) {
+        return Judged::Usual;
     }
     let mut headers = [httparse::EMPTY_HEADER; MOST_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
     let length = match request.parse(seen) {
         Ok(httparse::Status::Complete(length)) => length,
-        Ok(httparse::Status::Partial) => return None,
+        Ok(httparse::Status::Partial) => return Judged::Open,
         // What is wrong with it is hyper's to say.
-        Err(_) => return Some(None),
+        Err(_) => return Judged::Usual,
     };
-    if request.version != Some(0) {
-        return Some(None);
+    let tunnel = request.method == Some("CONNECT");
+    if !tunnel && request.version != Some(0) {
+        return Judged::Usual;
     }
-    let mut head = http::Request::put(request.path?).body(()).ok()?.into_parts().0;
+    let Some(path) = request.path else { return Judged::Usual };
+    // The method is one that has a path; which it was is known.
+    let Ok(head) = http::Request::put(path).body(()) else { return Judged::Usual };
+    let mut head = head.into_parts().0;
     for header in request.headers.iter() {
         if let (Ok(name), Ok(value)) = (HeaderName::try_from(header.name), HeaderValue::from_bytes(header.value)) {
             head.headers.append(name, value);
         }
     }
+    if tunnel {
+        return Judged::Tunnel(Box::new(head), length);
+    }
     let stated = head.headers.contains_key(CONTENT_LENGTH) || head.headers.contains_key(TRANSFER_ENCODING);
-    Some((!stated).then(|| (Box::new(head), length)))
+    if stated { Judged::Usual } else { Judged::Endless(Box::new(head), length) }
 }
 
 /// Serves such a request, and closes.
@@ -124,7 +145,7 @@ where
     }
 }
 
-fn start(status: StatusCode, headers: &[(&str, String)]) -> Vec<u8> {
+pub(super) fn start(status: StatusCode, headers: &[(&str, String)]) -> Vec<u8> {
     let reason = status.canonical_reason().unwrap_or_default();
     let mut head =
         format!("HTTP/1.0 {} {reason}\r\nconnection: close\r\ncache-control: no-cache, no-store\r\n", status.as_u16());
@@ -218,12 +239,18 @@ mod tests {
             "PUT / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
             "PUT nonsense\r\n\r\n",
         ] {
-            assert!(matches!(judge(usual.as_bytes()), Some(None)), "{usual}");
+            assert!(matches!(judge(usual.as_bytes()), Judged::Usual), "{usual}");
         }
-        for open in ["P", "PUT", "PUT /import?a=b HTTP/1.0\r\nHost: x\r\n"] {
-            assert!(judge(open.as_bytes()).is_none(), "{open}");
+        for open in ["P", "PUT", "PUT /import?a=b HTTP/1.0\r\nHost: x\r\n", "CONNECT /console HTTP/1.0\r\n"] {
+            assert!(matches!(judge(open.as_bytes()), Judged::Open), "{open}");
         }
-        let (head, length) = judge(b"PUT /import?a=b HTTP/1.0\r\nHost: x\r\n\r\nbody").unwrap().unwrap();
+        let Judged::Tunnel(head, length) = judge(b"CONNECT /console?uuid=1 HTTP/1.0\r\nHost: x\r\n\r\n") else {
+            panic!("a console is not known")
+        };
+        assert_eq!((head.uri.query(), length), (Some("uuid=1"), 45));
+        let Judged::Endless(head, length) = judge(b"PUT /import?a=b HTTP/1.0\r\nHost: x\r\n\r\nbody") else {
+            panic!("a body without a length is not known")
+        };
         assert_eq!(
             (head.uri.to_string().as_str(), head.headers["host"].as_bytes(), length),
             ("/import?a=b", &b"x"[..], 37)

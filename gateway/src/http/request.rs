@@ -3,7 +3,7 @@
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
-use controller::{ByteStream, Credentials, Declined, Handler, Inquiry};
+use controller::{ByteStream, Credentials, Declined, Handler, Inquiry, Knock};
 use datamodel::encode;
 use http::request::Parts;
 use hyper::header::{AUTHORIZATION, COOKIE, HOST};
@@ -44,6 +44,13 @@ pub(super) fn inquiry(handler: &'static Handler, origin: &Origin, head: &Parts, 
     Inquiry { caller: caller(origin, &head.headers), handler, query, credentials, body }
 }
 
+/// What a request for a console asks.
+pub(super) fn knock(origin: &Origin, head: &Parts) -> Knock {
+    let query = decode_query(head.uri.query().unwrap_or_default());
+    let credentials = credentials(&query, &head.headers);
+    Knock { caller: caller(origin, &head.headers), query, credentials }
+}
+
 /// The answer to a request that this host does not serve.
 pub(super) fn declined(why: Declined, site: &Site, origin: &Origin, head: &Parts) -> Plain {
     match why {
@@ -58,6 +65,7 @@ pub(super) fn declined(why: Declined, site: &Site, origin: &Origin, head: &Parts
             Plain::page(StatusCode::FOUND, "The pool's master answers this.").with("location", location)
         }
         Declined::Unavailable(error) => Plain::page(StatusCode::SERVICE_UNAVAILABLE, &error.to_string()),
+        Declined::Absent(error) => Plain::page(StatusCode::NOT_FOUND, &error.to_string()),
         Declined::Refused(error) => Plain::page(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
     }
 }

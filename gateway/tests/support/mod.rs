@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use controller::{Credentials, Declined, Event, EventBatch, Inquiry, Opened, Refusal, Reply, Request, Transport, Verb};
+use controller::{
+    Credentials, Declined, Event, EventBatch, Inquiry, Knock, Opened, Refusal, Reply, Request, Transport, Tunnel, Verb,
+};
 use datamodel::{ApiError, Input, Key, OpaqueRef, Value, errors};
 use futures::StreamExt;
 use gateway::{Calls, ForwardClient, Gateway, GatewayConfig, TlsFiles};
@@ -69,6 +71,22 @@ fn value(input: Input) -> Value {
 impl Calls for Stub {
     async fn replaced(&self, _: &raft_store::Member) {
         std::future::pending().await
+    }
+
+    /// A console that says back what it is told.
+    async fn connect(&self, knock: Knock) -> Result<Tunnel, Declined> {
+        if knock.credentials == Credentials::None {
+            return Err(Declined::Unauthorized);
+        }
+        if !knock.query.iter().any(|(name, _)| name == "uuid") {
+            return Err(Declined::Absent(errors::handle_invalid("console", "")));
+        }
+        let (to, typed) = tokio::sync::mpsc::channel::<bytes::Bytes>(4);
+        let from = futures::stream::unfold(typed, |mut typed| async move {
+            let piece = typed.recv().await?;
+            Some((Ok(piece), typed))
+        });
+        Ok(Tunnel { from: from.boxed(), to })
     }
 
     async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {

@@ -1,4 +1,4 @@
-//! What a domain is made of, the state it is in, and why a step on it is refused.
+//! What a domain is made of, and the state it is in.
 //!
 //! These are the agent's own words, apart from the wire's: drivers are written against them, and they
 //! are what the agent keeps on disk. `wire.rs` translates.
@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 use uuid::Uuid;
+
+pub use crate::step::{Reason, Refusal, StepKind};
 
 /// One mebibyte in bytes.
 pub const MIB: u64 = 1024 * 1024;
@@ -23,7 +24,7 @@ pub struct DomainSpec {
     pub name: String,
     /// Bytes; what the domain may ever have.
     pub memory_static_max: u64,
-    /// Bytes; what it has now. 0 means `memory_static_max`.
+    /// Bytes; what it should have now. 0 means `memory_static_max`.
     pub memory_target: u64,
     /// How many vCPUs can be plugged.
     pub vcpus_max: u32,
@@ -56,17 +57,32 @@ pub struct DomainSpec {
 }
 
 impl DomainSpec {
-    /// The bytes that this domain takes from its host: its target, in whole MiB. Until there is ballooning a
-    /// domain is as large as its target from its start to its end.
+    /// The bytes that this domain takes from its host when it begins, in whole MiB: all it may ever have. Nobody can
+    /// make a guest stay below that before it has a balloon driver that runs; what it gives back is free again.
     pub fn memory(&self) -> u64 {
-        let bytes = if self.memory_target > 0 { self.memory_target } else { self.memory_static_max };
-        bytes.div_ceil(MIB) * MIB
+        whole(self.memory_static_max.max(self.memory_target))
+    }
+
+    /// The bytes that it should have, in whole MiB.
+    pub fn target(&self) -> u64 {
+        if self.memory_target > 0 { whole(self.memory_target) } else { self.memory() }
     }
 
     /// Whether a domain of this spec is the same machine as one of `other`, whatever the decision that started it.
     pub fn same_machine(&self, other: &Self) -> bool {
-        *self == Self { generation: self.generation, ..other.clone() }
+        self.comparable() == other.comparable()
     }
+
+    /// Disks come and go, so their order says nothing.
+    fn comparable(&self) -> Self {
+        let mut spec = Self { generation: 0, ..self.clone() };
+        spec.disks.sort_by(|one, other| (&one.vbd, &one.device).cmp(&(&other.vbd, &other.device)));
+        spec
+    }
+}
+
+fn whole(bytes: u64) -> u64 {
+    bytes.div_ceil(MIB).saturating_mul(MIB)
 }
 
 /// What follows when a guest ends by itself.
@@ -90,10 +106,56 @@ pub struct Disk {
     pub device: String,
     /// File or block device; empty for a CD drive without a disc.
     pub path: String,
+    /// What the bytes of the file mean.
+    pub format: ImageFormat,
     /// The guest cannot write.
     pub read_only: bool,
     /// A CD drive.
     pub cdrom: bool,
+    /// Others may have it open at the same time, also to write.
+    pub sharable: bool,
+    /// The firmware may boot from it.
+    pub bootable: bool,
+}
+
+impl Disk {
+    /// Puts another image into it, or none.
+    #[must_use]
+    pub fn with(&self, medium: Option<&Medium>) -> Self {
+        let medium = medium.cloned().unwrap_or_default();
+        Self { path: medium.path, format: medium.format, ..self.clone() }
+    }
+}
+
+/// An image for a CD drive.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Medium {
+    /// File or block device.
+    pub path: String,
+    /// What its bytes mean.
+    pub format: ImageFormat,
+}
+
+/// What the bytes of an image mean. It is told, never guessed from the content, which is the guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageFormat {
+    /// The disk's own bytes.
+    #[default]
+    Raw,
+    /// QEMU's format, which can be thin above another image.
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// QEMU's word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
 }
 
 /// A NIC of a domain.
@@ -158,6 +220,9 @@ pub struct DomainState {
     pub domid: i64,
     /// Bytes it holds.
     pub memory_actual: u64,
+    /// Bytes it was last told to hold. Until it does, the host keeps the larger of the two for it.
+    #[serde(default)]
+    pub memory_target: u64,
     /// Unix seconds of its start or last reboot.
     pub start_time: u64,
     /// The operation that brought it to this state; empty: it came by itself.
@@ -168,9 +233,40 @@ pub struct DomainState {
     pub consoles: Vec<Console>,
     /// Log index of the decision that started it.
     pub generation: u64,
+    /// What the guest says of itself; none until it says something.
+    #[serde(default)]
+    pub guest: Option<GuestMetrics>,
+    /// The VBDs that are plugged.
+    #[serde(default)]
+    pub disks: Vec<String>,
+}
+
+/// What the guest says of itself. It is the guest's word: bounded, and good for showing.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GuestMetrics {
+    /// "name", "uname", "distro", "major", "minor".
+    pub os_version: BTreeMap<String, String>,
+    /// Version of its agent: "major", "minor", "micro", "build".
+    pub pv_drivers_version: BTreeMap<String, String>,
+    /// Addresses: "0/ip", "0/ipv4/0", "0/ipv6/0".
+    pub networks: BTreeMap<String, String>,
+    /// What it can do, such as "feature-shutdown".
+    pub other: BTreeMap<String, String>,
+    /// Its agent answers.
+    pub agent_live: bool,
+    /// Its balloon driver answers.
+    pub can_balloon: bool,
+    /// It takes and gives disks while it runs.
+    pub can_plug_disks: bool,
 }
 
 impl DomainState {
+    /// The bytes that the host keeps for it.
+    pub fn taken(&self) -> u64 {
+        self.memory_actual.max(self.memory_target)
+    }
+
     /// The state of a VM without a domain.
     pub fn halted(vm: Uuid, by: &str, reason: &str) -> Self {
         Self {
@@ -178,49 +274,20 @@ impl DomainState {
             power: Power::Halted,
             domid: -1,
             memory_actual: 0,
+            memory_target: 0,
             start_time: 0,
             last_operation: by.to_owned(),
             reason: reason.to_owned(),
             consoles: Vec::new(),
             generation: 0,
+            guest: None,
+            disks: Vec::new(),
         }
     }
 
     /// This domain's last state: it is gone.
     pub fn gone(&self, power: Power, by: &str, reason: &str) -> Self {
         Self { power, generation: self.generation, ..Self::halted(self.vm, by, reason) }
-    }
-}
-
-/// What a step does, without what it needs for it; with operation and VM it names the step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StepKind {
-    /// Builds a domain.
-    Start,
-    /// Takes its power away.
-    Destroy,
-    /// Stops its vCPUs.
-    Pause,
-    /// Lets them run on.
-    Unpause,
-    /// Asks the guest to switch itself off.
-    Shutdown,
-    /// Begins the guest anew, asked or not.
-    Reboot,
-}
-
-impl StepKind {
-    /// Refuses the step for a domain in a state where it has no sense. The same for all drivers.
-    pub fn check(self, power: Power, clean: bool) -> Result<(), Refusal> {
-        let allowed = match self {
-            Self::Start => matches!(power, Power::Halted | Power::Crashed),
-            Self::Destroy => true,
-            Self::Pause | Self::Shutdown => power == Power::Running,
-            Self::Unpause => power == Power::Paused,
-            Self::Reboot => power == Power::Running || (!clean && power == Power::Paused),
-        };
-        if allowed { Ok(()) } else { Err(Refusal::new(Reason::BadState, power.word())) }
     }
 }
 
@@ -235,81 +302,20 @@ pub struct Reboot {
     pub spec: Option<DomainSpec>,
 }
 
-/// Why a step was not done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Reason {
-    /// A newer master has spoken.
-    StaleEpoch,
-    /// There is no such domain.
-    NoSuchDomain,
-    /// There is one already.
-    DomainExists,
-    /// The host's memory is given away.
-    NotEnoughMemory,
-    /// Time was up.
-    TimedOut,
-    /// Not in the state it is in.
-    BadState,
-    /// The hypervisor would not build or begin it.
-    BootFailed,
-    /// The host belongs to another pool.
-    WrongPool,
-    /// This driver cannot do it.
-    Unsupported,
-    /// Anything else.
-    Failed,
-}
-
-/// A step that was refused or failed: the domain is as it was, or gone if it was being built.
-#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
-#[error("{reason:?}: {detail}")]
-pub struct Refusal {
-    /// Why.
-    pub reason: Reason,
-    /// In words.
-    pub detail: String,
-    /// Bytes wanted, for `NotEnoughMemory`.
-    #[serde(default)]
-    pub needed: u64,
-    /// Bytes there are, for `NotEnoughMemory`.
-    #[serde(default)]
-    pub available: u64,
-}
-
-impl Refusal {
-    /// A refusal with a reason and words.
-    pub fn new(reason: Reason, detail: impl Into<String>) -> Self {
-        Self { reason, detail: detail.into(), needed: 0, available: 0 }
-    }
-
-    /// No memory for `needed` bytes.
-    pub fn memory(needed: u64, available: u64) -> Self {
-        let detail = format!("{needed} bytes wanted, {available} free");
-        Self { needed, available, ..Self::new(Reason::NotEnoughMemory, detail) }
-    }
-
-    /// No domain for this VM.
-    pub fn no_such_domain(vm: Uuid) -> Self {
-        Self::new(Reason::NoSuchDomain, vm.to_string())
-    }
-
-    /// Something went wrong that the caller cannot mend.
-    pub fn failed(error: impl std::fmt::Display) -> Self {
-        Self::new(Reason::Failed, error.to_string())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_domain_takes_its_target_in_whole_mebibytes() {
+    fn a_domain_takes_all_it_may_have_until_its_guest_gives_some_back() {
         let spec = DomainSpec { memory_static_max: 100 * MIB, ..DomainSpec::default() };
-        assert_eq!(spec.memory(), 100 * MIB);
+        assert_eq!((spec.memory(), spec.target()), (100 * MIB, 100 * MIB));
         let spec = DomainSpec { memory_target: 64 * MIB + 1, ..spec };
-        assert_eq!(spec.memory(), 65 * MIB);
+        assert_eq!((spec.memory(), spec.target()), (100 * MIB, 65 * MIB));
+        let state = DomainState::halted(spec.vm, "", "");
+        let state = DomainState { memory_actual: spec.memory(), memory_target: spec.target(), ..state };
+        assert_eq!(state.taken(), 100 * MIB);
+        assert_eq!(DomainState { memory_actual: 64 * MIB, ..state }.taken(), 65 * MIB);
     }
 
     #[test]
@@ -317,13 +323,5 @@ mod tests {
         let one = DomainSpec { name: "a".into(), generation: 1, ..DomainSpec::default() };
         assert!(one.same_machine(&DomainSpec { generation: 2, ..one.clone() }));
         assert!(!one.same_machine(&DomainSpec { vcpus_max: 2, ..one.clone() }));
-    }
-
-    #[test]
-    fn a_step_is_refused_with_the_state_that_forbids_it() {
-        let refusal = StepKind::Pause.check(Power::Paused, false).expect_err("paused twice");
-        assert_eq!((refusal.reason, refusal.detail.as_str()), (Reason::BadState, "paused"));
-        assert!(StepKind::Reboot.check(Power::Paused, false).is_ok());
-        assert!(StepKind::Reboot.check(Power::Paused, true).is_err());
     }
 }

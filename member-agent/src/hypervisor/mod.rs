@@ -12,9 +12,11 @@ pub mod domain;
 mod domid;
 pub mod qemu;
 pub mod roster;
+mod saved;
 pub mod sim;
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +28,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::config::Config;
-use domain::{DomainSpec, DomainState, Reboot, Refusal};
+use domain::{Disk, DomainSpec, DomainState, Medium, Reboot, Refusal};
 pub use domid::DomainIds;
 use roster::Roster;
 
@@ -56,6 +58,72 @@ pub trait Hypervisor: Send + Sync {
 
     /// Begins the guest anew.
     async fn reboot(&self, vm: Uuid, reboot: Reboot, by: &str) -> Result<DomainState, Refusal>;
+
+    /// Writes what the guest has in memory, and how far it is, to the image `into`, and ends the domain or lets it go on
+    /// as it was. If that fails, it goes on as it was. Whoever repeats it after it was done is told so.
+    async fn suspend(&self, vm: Uuid, into: &Path, keep_running: bool, by: &str) -> Result<DomainState, Refusal>;
+
+    /// Builds a domain that goes on where the image `from` left it. If that fails there is none; the image stays as it
+    /// is either way.
+    async fn resume(&self, spec: DomainSpec, from: &Path, paused: bool, by: &str) -> Result<DomainState, Refusal>;
+
+    /// Asks the guest to make do with so many bytes, or gives it more. Returns when it was asked: how it follows is
+    /// told as it does.
+    async fn set_memory_target(&self, vm: Uuid, bytes: u64, by: &str) -> Result<DomainState, Refusal>;
+
+    /// Gives or takes vCPUs, within what the domain was built for.
+    async fn set_vcpus(&self, vm: Uuid, number: u32, by: &str) -> Result<DomainState, Refusal>;
+
+    /// Has the guest's kernel do what its SysRq key does with this letter.
+    async fn send_sysrq(&self, vm: Uuid, letter: char, by: &str) -> Result<DomainState, Refusal>;
+
+    /// Brings a disk into a domain. One that is there already is a success.
+    async fn plug_disk(&self, vm: Uuid, disk: Disk, by: &str) -> Result<DomainState, Refusal>;
+
+    /// Takes a disk out of a domain. One that is not there is a success.
+    async fn unplug_disk(&self, vm: Uuid, vbd: &str, how: Unplug, by: &str) -> Result<DomainState, Refusal>;
+
+    /// Changes what is in a CD drive; nothing empties it. If that fails, what was in it stays.
+    async fn change_medium(
+        &self,
+        vm: Uuid,
+        vbd: &str,
+        medium: Option<Medium>,
+        by: &str,
+    ) -> Result<DomainState, Refusal>;
+
+    /// Every disk of every domain, with the image that it has open now.
+    fn plugged(&self) -> Vec<Plugged>;
+
+    /// The disk goes over to `overlay`, an empty qcow2 image above the one it has: what the guest writes from now on
+    /// goes there, and the image below is no longer written. A disk that has it already is a success. Images keep their
+    /// names as long as a domain has them: QEMU opens one again by its name when what it may do with it changes.
+    async fn relink_disk(&self, vm: Uuid, vbd: &str, overlay: &Path) -> Result<(), Refusal>;
+
+    /// The disk's image becomes so large, and the guest sees it.
+    async fn resize_disk(&self, vm: Uuid, vbd: &str, bytes: u64) -> Result<(), Refusal>;
+
+    /// The disk's image takes in what is in the images between it and `base` (none: in all below it) and then stands
+    /// directly above `base`, by the name `base` has in its own directory. Ends when that is done, which may take long.
+    async fn join_disk(&self, vm: Uuid, vbd: &str, base: Option<&Path>) -> Result<(), Refusal>;
+}
+
+/// How a disk is taken out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unplug {
+    /// The guest is told, not asked: its disk is empty from now on.
+    pub force: bool,
+    /// How long it has to let go.
+    pub limit: Duration,
+}
+
+/// A disk in a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plugged {
+    /// The domain's VM.
+    pub vm: Uuid,
+    /// The disk, with the path it has open now.
+    pub disk: Disk,
 }
 
 /// What a driver is and can do.

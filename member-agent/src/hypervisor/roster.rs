@@ -120,6 +120,19 @@ impl Roster {
         let _ = self.changes.send(state);
     }
 
+    /// Holds memory for a domain that is to grow to `target`, or lets it shrink to that.
+    pub fn retarget(&self, vm: Uuid, target: u64) -> Result<DomainState, Refusal> {
+        let mut inner = self.inner.lock();
+        let free = self.capacity.saturating_sub(inner.given());
+        let state = inner.domains.get_mut(&vm).ok_or_else(|| Refusal::no_such_domain(vm))?;
+        let more = target.saturating_sub(state.taken());
+        if more > free {
+            return Err(Refusal::memory(more, free));
+        }
+        state.memory_target = target;
+        Ok(state.clone())
+    }
+
     /// A domain is gone; `last` says how.
     pub fn remove(&self, last: DomainState) {
         let mut inner = self.inner.lock();
@@ -153,7 +166,7 @@ impl Roster {
 
 impl Inner {
     fn given(&self) -> u64 {
-        let built: u64 = self.domains.values().map(|domain| domain.memory_actual).sum();
+        let built: u64 = self.domains.values().map(DomainState::taken).sum();
         let building: u64 = self.building.values().map(|building| building.memory).sum();
         built + building
     }
@@ -206,6 +219,20 @@ mod tests {
         drop(roster.reserve(two, 40 * MIB).expect("room"));
         roster.remove(running(one, 0).gone(Power::Halted, "", ""));
         assert_eq!(roster.memory().free, 100 * MIB);
+    }
+
+    #[test]
+    fn a_domain_that_is_to_grow_has_its_memory_first_and_one_that_shrinks_keeps_it_until_it_has() {
+        let roster = Roster::new(100 * MIB);
+        let vm = Uuid::from_u128(1);
+        roster.adopt(DomainState { memory_target: 60 * MIB, ..running(vm, 60 * MIB) });
+        assert_eq!(roster.retarget(vm, 101 * MIB).expect_err("full"), Refusal::memory(41 * MIB, 40 * MIB));
+        roster.retarget(vm, 90 * MIB).expect("room");
+        assert_eq!(roster.memory().free, 10 * MIB);
+        let state = roster.retarget(vm, 20 * MIB).expect("less");
+        assert_eq!(roster.memory().free, 40 * MIB);
+        roster.publish(DomainState { memory_actual: 20 * MIB, ..state });
+        assert_eq!(roster.memory().free, 80 * MIB);
     }
 
     #[test]

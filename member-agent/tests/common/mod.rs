@@ -2,15 +2,19 @@
 //! started, which ends with the test however the test ends.
 #![allow(dead_code, clippy::expect_used, clippy::unwrap_used)]
 
+pub mod store;
+
 use std::collections::HashSet;
 use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use member_agent::{AcceleratorChoice, Agent, Config, NicSource, TlsFiles};
+use member_agent::{AcceleratorChoice, Agent, Config, NicSource, StoreChoice, TlsFiles};
 use proto::agent::agent_client::AgentClient;
 use proto::agent::agent_event::Event;
 use proto::agent::step::Action;
@@ -60,6 +64,13 @@ impl Host {
     }
 
     pub async fn start_with(driver: &str, change: impl FnOnce(&mut Config)) -> Self {
+        let mut host = Self::without_agent(driver, change);
+        host.start_agent().await;
+        host
+    }
+
+    /// A host whose agent has not been started.
+    pub fn without_agent(driver: &str, change: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().expect("directory");
         let authority = authority();
         let (certificate, key) = certificate(&authority);
@@ -88,11 +99,12 @@ impl Host {
             // The probe has tests of its own; elsewhere it would only cost time.
             accelerator: AcceleratorChoice::Tcg,
             boot_id_path: file("boot-id", "boot-1"),
+            storage_dir: None,
+            stores: StoreChoice::Auto,
+            programs: None,
         };
         change(&mut config);
-        let mut host = Self { dir, config, authority, running: None, epoch: AtomicU64::new(10) };
-        host.start_agent().await;
-        host
+        Self { dir, config, authority, running: None, epoch: AtomicU64::new(10) }
     }
 
     pub async fn start_agent(&mut self) {
@@ -149,6 +161,34 @@ impl Host {
     pub async fn boots(&self, vm: Uuid, count: usize) {
         let greetings = || self.console(vm).matches("BusyBox v").count();
         eventually(&format!("boot {count} of the guest"), || greetings() >= count).await;
+    }
+
+    /// Types a line at the guest's serial console, once there is a prompt. The line stays up while the answer is held.
+    pub async fn type_at(&self, vm: Uuid, line: &str) -> UnixStream {
+        eventually("a prompt", || self.console(vm).contains("/ # ")).await;
+        let mut stream = UnixStream::connect(self.domain_dir(vm).join("console")).expect("console");
+        stream.write_all(format!("{line}\n").as_bytes()).expect("typed");
+        stream
+    }
+
+    /// Runs a command in the guest until it says what is expected.
+    pub async fn guest_says(&self, vm: Uuid, command: &str, expected: &str) {
+        static QUESTIONS: AtomicU64 = AtomicU64::new(1);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // The console keeps what was said before: an answer is known by its question's number.
+            let number = QUESTIONS.fetch_add(1, Ordering::Relaxed);
+            assert!(Instant::now() < deadline, "{command:?} does not say {expected:?}: {}", self.console(vm));
+            // Between marks, so that neither the echo nor heartbeats are taken for the answer.
+            let _line = self.type_at(vm, &format!("echo [$(echo {number}) $({command})]")).await;
+            let mark = format!("[{number} ");
+            eventually("an answer of the guest", || self.console(vm).contains(&mark)).await;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if self.console(vm).contains(&format!("{mark}{expected}]")) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
     }
 
     /// What lives in this host's domains' directories.
@@ -229,7 +269,7 @@ impl Client {
         match self.calls.perform(step).await.expect("call").into_inner().result.expect("outcome") {
             outcome::Result::Domain(state) => Ok(state),
             outcome::Result::Refusal(refusal) => Err(refusal),
-            other => panic!("a step of a domain gave {other:?}"),
+            other => panic!("an outcome of a domain's step, not {other:?}"),
         }
     }
 

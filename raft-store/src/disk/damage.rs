@@ -3,24 +3,20 @@
 //! What is found damaged is moved aside, once and for all, and the node begins anew behind a [fence](crate::fence).
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
 use uuid::Uuid;
 
 use super::open::{Disk, OpenError, Stored};
+use super::place::{FENCE, Place};
 use super::promises;
-use super::rocks::Rocks;
 use crate::codec::DecodeError;
-use crate::fence::{self, Fence};
-
-/// Where a damaged database is kept, for who wants to look at it; the next one takes its place.
-const ASIDE: &str = "damaged";
+use crate::fence::Fence;
 
 /// Whether a file of that name, in the folder of a database, is the database's: the folder may hold other things, too.
 #[must_use]
 pub fn is_of_a_database(name: &str) -> bool {
-    matches!(name, "CURRENT" | "IDENTITY" | "LOCK" | "LOG" | promises::FILE | fence::FILE)
+    matches!(name, "CURRENT" | "IDENTITY" | "LOCK" | "LOG" | promises::FILE | FENCE)
         || ["MANIFEST-", "OPTIONS-", "LOG.old"].iter().any(|start| name.starts_with(start))
         || [".sst", ".log", ".dbtmp", ".blob"].iter().any(|end| name.ends_with(end))
 }
@@ -32,31 +28,30 @@ pub(crate) struct Opened {
     pub(crate) fence: Fence,
 }
 
-/// Opens the database in a folder, or, if it is damaged, an empty one in its place.
-pub(crate) fn open(dir: &Path, reads: u32) -> Result<Opened, OpenError> {
-    let failed = |error: io::Error| OpenError::Consensus(format!("{}: {error}", dir.display()));
-    let (fence, in_the_way) = Fence::load(dir).map_err(failed)?;
+/// Opens the database in a place, or, if it is damaged, an empty one in its stead.
+pub(crate) fn open(place: &Arc<dyn Place>, reads: u32) -> Result<Opened, OpenError> {
+    let failed = |error: io::Error| OpenError::Consensus(format!("{}: {error}", place.name()));
+    let (fence, in_the_way) = Fence::load(Arc::clone(place)).map_err(failed)?;
     if in_the_way {
-        put_aside(dir).and_then(|()| fence.cleared()).map_err(failed)?;
+        place.put_aside().and_then(|()| fence.cleared()).map_err(failed)?;
     }
-    let damage = match whole(dir, reads) {
+    let damage = match whole(&**place, reads) {
         Ok((disk, stored)) => return Ok(Opened { disk, stored, fence }),
         Err(error) if error.is_damage() => error,
         Err(error) => return Err(error),
     };
-    tracing::error!(%damage, dir = %dir.display(), "this database is not used any more: it is put aside, and this node \
+    tracing::error!(%damage, place = place.name(), "this database is not used any more: it is put aside, and this node \
         promises nothing until its peers have sent it what it lost");
     fence.raise(Uuid::new_v4()).map_err(failed)?;
-    put_aside(dir).and_then(|()| fence.cleared()).map_err(failed)?;
-    let (disk, stored) = whole(dir, reads)?;
+    place.put_aside().and_then(|()| fence.cleared()).map_err(failed)?;
+    let (disk, stored) = whole(&**place, reads)?;
     Ok(Opened { disk, stored, fence })
 }
 
 /// Opens a database and looks at all of it: each row, each entry, and whether that is all there was.
-fn whole(dir: &Path, reads: u32) -> Result<(Disk, Stored), OpenError> {
-    let rocks = Rocks::open(dir)?;
-    let promise = rocks.promise();
-    let disk = Disk::new(Arc::new(rocks));
+fn whole(place: &dyn Place, reads: u32) -> Result<(Disk, Stored), OpenError> {
+    let (engine, promise) = place.open()?;
+    let disk = Disk::new(engine);
     let stored = disk.load(reads)?;
     let damaged =
         |what: &'static str, found: String| OpenError::Damaged { what, source: DecodeError::Malformed(found) };
@@ -77,22 +72,4 @@ fn whole(dir: &Path, reads: u32) -> Result<(Disk, Stored), OpenError> {
         return Err(damaged("vote", format!("it is of term {term}, and one was given in term {}", promise.term)));
     }
     Ok((disk, stored))
-}
-
-/// Moves the database's files out of the way. Broken off, it goes on where it was: the fence says that it must.
-fn put_aside(dir: &Path) -> io::Result<()> {
-    let aside = dir.join(ASIDE);
-    let files: Vec<_> = std::fs::read_dir(dir)?.collect::<Result<_, _>>()?;
-    let ours = |name: std::ffi::OsString| name != fence::FILE && name.to_str().is_some_and(is_of_a_database);
-    let files: Vec<_> = files.into_iter().filter(|file| ours(file.file_name())).collect();
-    // Of a database that is being moved already, more than the rest is there.
-    if files.iter().any(|file| file.file_name() == promises::FILE) && aside.exists() {
-        std::fs::remove_dir_all(&aside)?;
-    }
-    std::fs::create_dir_all(&aside)?;
-    let (promises, rest): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| file.file_name() == promises::FILE);
-    for file in promises.into_iter().chain(rest) {
-        std::fs::rename(file.path(), aside.join(file.file_name()))?;
-    }
-    std::fs::File::open(dir)?.sync_all()
 }

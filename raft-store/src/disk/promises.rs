@@ -25,13 +25,42 @@ const LENGTH: usize = 40;
 
 /// What was promised.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Promise {
+pub struct Promise {
     /// The last entry that was acknowledged.
-    pub(crate) last: u64,
+    pub last: u64,
     /// The term of the newest vote.
-    pub(crate) term: u64,
+    pub term: u64,
     /// For whom.
-    pub(crate) candidate: u64,
+    pub candidate: u64,
+}
+
+impl Promise {
+    /// Before a batch is written: it may cut the log.
+    ///
+    /// # Errors
+    /// A vote in it cannot be read.
+    pub fn before(&mut self, batch: &[Change]) -> io::Result<()> {
+        self.cut(&Promising::of(batch)?);
+        Ok(())
+    }
+
+    /// After a batch was synced, before anybody is told of it.
+    ///
+    /// # Errors
+    /// A vote in it cannot be read.
+    pub fn after(&mut self, batch: &[Change]) -> io::Result<()> {
+        self.keep(&Promising::of(batch)?);
+        Ok(())
+    }
+
+    fn cut(&mut self, promising: &Promising) {
+        self.last = self.last.min(promising.cut.unwrap_or(u64::MAX));
+    }
+
+    fn keep(&mut self, promising: &Promising) {
+        self.last = promising.last.unwrap_or(self.last);
+        (self.term, self.candidate) = promising.vote.unwrap_or((self.term, self.candidate));
+    }
 }
 
 /// What a batch of changes promises.
@@ -92,24 +121,26 @@ impl Promises {
         *self.promise.lock()
     }
 
-    /// Before the log is cut.
-    pub(crate) fn cut(&self, last: Option<u64>) -> io::Result<()> {
-        self.change(|promise| promise.last = promise.last.min(last.unwrap_or(u64::MAX)))
+    /// Before the log is cut. This is synced, as nothing else here: a power failure that brought the older promise back
+    /// would make damage of a log that was cut as it should be.
+    pub(crate) fn cut(&self, promising: &Promising) -> io::Result<()> {
+        if self.change(|promise| promise.cut(promising))? { self.file.sync_data() } else { Ok(()) }
     }
 
     /// After a sync, before anybody is told of it.
-    pub(crate) fn promised(&self, last: Option<u64>, vote: Option<(u64, u64)>) -> io::Result<()> {
-        self.change(|promise| {
-            promise.last = last.unwrap_or(promise.last);
-            (promise.term, promise.candidate) = vote.unwrap_or((promise.term, promise.candidate));
-        })
+    pub(crate) fn keep(&self, promising: &Promising) -> io::Result<()> {
+        self.change(|promise| promise.keep(promising)).map(drop)
     }
 
-    fn change(&self, change: impl FnOnce(&mut Promise)) -> io::Result<()> {
+    fn change(&self, change: impl FnOnce(&mut Promise)) -> io::Result<bool> {
         let mut promise = self.promise.lock();
         let before = *promise;
         change(&mut promise);
-        if *promise == before { Ok(()) } else { self.file.write_all_at(&encode(*promise), 0) }
+        let changed = *promise != before;
+        if changed {
+            self.file.write_all_at(&encode(*promise), 0)?;
+        }
+        Ok(changed)
     }
 }
 
@@ -145,20 +176,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let promises = Promises::open(dir.path()).unwrap();
         assert_eq!(promises.promise(), Promise::default());
-        promises.promised(Some(7), None).unwrap();
-        promises.promised(None, Some((3, 2))).unwrap();
+        promises.keep(&Promising { last: Some(7), ..Promising::default() }).unwrap();
+        promises.keep(&Promising { vote: Some((3, 2)), ..Promising::default() }).unwrap();
         let known = Promises::open(dir.path()).unwrap();
         assert_eq!(known.promise(), Promise { last: 7, term: 3, candidate: 2 });
-        known.cut(None).unwrap();
-        known.cut(Some(9)).unwrap();
-        known.cut(Some(5)).unwrap();
+        for cut in [None, Some(9), Some(5)] {
+            known.cut(&Promising { cut, ..Promising::default() }).unwrap();
+        }
         assert_eq!(Promises::open(dir.path()).unwrap().promise().last, 5);
     }
 
     #[test]
     fn a_torn_file_proves_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        Promises::open(dir.path()).unwrap().promised(Some(7), None).unwrap();
+        let promising = Promising { last: Some(7), ..Promising::default() };
+        Promises::open(dir.path()).unwrap().keep(&promising).unwrap();
         let path = dir.path().join(FILE);
         let mut bytes = std::fs::read(&path).unwrap();
         bytes[15] ^= 1;

@@ -60,9 +60,9 @@ impl Rocks {
         }
         let mut options = WriteOptions::default();
         options.set_sync(sync);
-        self.promises.cut(promising.cut)?;
+        self.promises.cut(&promising)?;
         self.db.write_opt(batch, &options).map_err(io::Error::other)?;
-        self.promises.promised(promising.last, promising.vote)
+        self.promises.keep(&promising)
     }
 }
 

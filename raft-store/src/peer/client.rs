@@ -18,15 +18,18 @@ use openraft::{AnyError, OptionalSend};
 use proto::raft as wire;
 use proto::raft::raft_client::RaftClient;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tower::ServiceExt as _;
 use tower::util::BoxCloneSyncService;
 
+use super::acknowledged::Acknowledged;
 use super::snapshot;
 use crate::disk::OpenError;
 use crate::fence::loss_of;
 use crate::format::{Formats, OLDEST};
 use crate::machine::StateSnapshot;
+use crate::planted::Planted;
 use crate::readmit::Loss;
 use crate::record;
 use crate::types::{Config, PeerNode, Snapshot, Vote};
@@ -122,6 +125,8 @@ pub(crate) struct PeerFactory {
     pub(crate) peers: Arc<dyn Dial>,
     pub(crate) losses: mpsc::Sender<Loss>,
     pub(crate) formats: Formats,
+    pub(crate) acknowledged: Acknowledged,
+    pub(crate) planted: Option<Planted>,
 }
 
 impl RaftNetworkFactory<Config> for PeerFactory {
@@ -138,7 +143,8 @@ impl RaftNetworkFactory<Config> for PeerFactory {
                 .max_encoding_message_size(LARGEST_MESSAGE)
         });
         let (formats, losses) = (self.formats.clone(), self.losses.clone());
-        Peer { target, client, formats, failures: 0, losses }
+        let acknowledged = self.acknowledged.clone();
+        Peer { target, client, formats, failures: 0, losses, acknowledged, planted: self.planted }
     }
 }
 
@@ -151,6 +157,8 @@ pub(crate) struct Peer {
     failures: u32,
     /// Where it is told that the peer has lost its database.
     losses: mpsc::Sender<Loss>,
+    acknowledged: Acknowledged,
+    planted: Option<Planted>,
 }
 
 type Rpc = RPCError<Config>;
@@ -282,7 +290,12 @@ impl RaftNetworkV2<Config> for Peer {
     {
         Box::pin(async move {
             let mut client = self.client()?;
-            let requests = input.map(|request| append_to_wire(&request));
+            let asked = self.acknowledged.stream(self.target, self.planted);
+            let answered = asked.clone();
+            let requests = input.map(move |request| {
+                asked.asked(request.vote.leader_id().term, Instant::now());
+                append_to_wire(&request)
+            });
             // The head of the answer comes at once; how long each reply takes is openraft's to judge.
             let limit = option.hard_ttl().max(CONNECT_LIMIT);
             let begun = async {
@@ -301,7 +314,11 @@ impl RaftNetworkV2<Config> for Peer {
                 }
             };
             self.failures = 0;
-            let results = replies.map(|reply| reply.map_err(|status| failed(&status)).and_then(append_reply));
+            let results = replies.map(move |reply| {
+                let reply = reply.map_err(|status| failed(&status)).and_then(append_reply)?;
+                answered.answered(!matches!(reply, Err(StreamAppendError::HigherVote(_))));
+                Ok(reply)
+            });
             Ok(results.boxed())
         })
     }

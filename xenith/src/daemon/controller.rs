@@ -20,7 +20,9 @@ use controller::{
     Agents, Clock, Controller, ControllerConfig as Rules, Guest, InitialMember, Seat, Surroundings, SystemClock,
     VoterPolicy, WrongClock,
 };
-use gateway::{Calls, ForwardClient, Gateway, GatewayConfig, HttpsAbroad, TlsFiles, forward_service};
+use gateway::{
+    Calls, ForwardClient, Gateway, GatewayConfig, HttpsAbroad, PeersByGrpc, TlsFiles, forward_service, members_service,
+};
 use raft_store::{PeerTls, Store, StoreConfig};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -78,7 +80,7 @@ pub fn controller(flags: &Daemon) -> anyhow::Result<()> {
 }
 
 /// The same program with the same arguments, in this process: nothing of the old pool is left in memory.
-fn begin_again() -> anyhow::Result<()> {
+pub(super) fn begin_again() -> anyhow::Result<()> {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
     let failed = std::process::Command::new("/proc/self/exe").arg0(name).args(arguments).exec();
@@ -171,7 +173,9 @@ async fn serve(config: ControllerConfig, ending: CancellationToken, consensus: &
     let controller = Controller::new(store.clone(), agents, rules, clock, stopping.clone());
     let calls: Arc<dyn Calls> = Arc::new(controller.clone());
     let forwarded = forward_service(Arc::clone(&calls));
-    let services = |server: &mut Server| server.add_service(store.service()).add_service(forwarded);
+    let members = members_service(Some(controller.clone()), tls.clone());
+    let services =
+        |server: &mut Server| server.add_service(store.service()).add_service(forwarded).add_service(members);
     let mut peers = {
         let _entered = consensus.enter();
         serve_peers(config.peers.listen, &tls, services)?
@@ -261,11 +265,12 @@ async fn open_store(config: &ControllerConfig, place: &Place, consensus: &Handle
 fn rules(config: &ControllerConfig, place: &Place, seats: &Seats) -> anyhow::Result<Rules> {
     let founding = place.founding.as_ref();
     let port = config.api.listen.first().map_or(443, |address| address.port());
-    let abroad = HttpsAbroad::new(port).context("cannot set up TLS")?;
+    let abroad = HttpsAbroad::new(port);
     let surroundings = this(config).map(|member| Surroundings {
         this: initial_member(member),
         home: Arc::new(seats.clone()),
         abroad: Arc::new(abroad),
+        peers: Arc::new(PeersByGrpc(place.tls.clone())),
     });
     Ok(Rules {
         initial_members: founding.iter().flat_map(|founding| &founding.members).map(initial_member).collect(),

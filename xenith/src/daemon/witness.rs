@@ -9,12 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use controller::{Home as _, Newcomer};
-use gateway::HttpsAbroad;
+use controller::{Home as _, Newcomer, told_to_have};
+use gateway::{HttpsAbroad, members_service};
 use raft_store::{Leadership, PeerTls, Store, StoreConfig};
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
 
-use super::controller::{FAREWELL, serve_peers};
+use super::controller::{FAREWELL, begin_again, serve_peers};
 use super::seat::Seats;
 use super::{on_runtime, signals};
 use crate::cli::ControllerFlags;
@@ -34,7 +35,7 @@ pub fn witness(flags: &ControllerFlags) -> anyhow::Result<()> {
         eprintln!("{} is in order", flags.daemon.config.display());
         return Ok(());
     }
-    on_runtime(async {
+    let ended = on_runtime(async {
         let name = config.uuid.to_string();
         let format = flags.daemon.log_format;
         let telemetry = telemetry::start("xenith-witness", &name, &config.log, format, &config.traces)?;
@@ -42,10 +43,33 @@ pub fn witness(flags: &ControllerFlags) -> anyhow::Result<()> {
         let outcome = serve(config, flags.join.as_deref(), ending).await;
         telemetry.finish();
         outcome
-    })
+    })?;
+    match ended {
+        Ended::Told => Ok(()),
+        Ended::ForOtherCertificates => begin_again(),
+    }
 }
 
-async fn serve(config: WitnessConfig, master: Option<&str>, ending: CancellationToken) -> anyhow::Result<()> {
+/// Why a witness's life is over.
+enum Ended {
+    Told,
+    /// The next one begins at once, with those.
+    ForOtherCertificates,
+}
+
+/// Ends when the pool has told this witness to have other certificates, and its files are those.
+async fn renew(store: &Store, seats: &Seats, tls: &PeerTls) -> anyhow::Result<()> {
+    let mut applied = store.applied();
+    loop {
+        if let Some((ca, certificate)) = told_to_have(&store.state(), store.node_id(), &tls.ca, &tls.certificate) {
+            tracing::info!("this witness's certificates are others now: starting anew on them");
+            return seats.renew(&ca, &certificate).await.context("the witness's new certificates cannot be written");
+        }
+        applied.changed().await.context("the store has ended")?;
+    }
+}
+
+async fn serve(config: WitnessConfig, master: Option<&str>, ending: CancellationToken) -> anyhow::Result<Ended> {
     std::fs::create_dir_all(&config.data_dir)
         .with_context(|| format!("cannot make the directory {}", config.data_dir.display()))?;
     let seats = Seats::new(&config.data_dir);
@@ -65,11 +89,14 @@ async fn serve(config: WitnessConfig, master: Option<&str>, ending: Cancellation
         ..StoreConfig::new(database, seat.node_id, tls.clone())
     };
     let store = Store::open(settings).await.context("cannot open the database")?;
-    let mut peers = serve_peers(config.listen, &tls, |server| server.add_service(store.service()))?;
+    let members = members_service(None, tls.clone());
+    let services = |server: &mut Server| server.add_service(store.service()).add_service(members);
+    let mut peers = serve_peers(config.listen, &tls, services)?;
     tracing::info!(node = seat.node_id, peers = %config.listen, "the witness votes");
     let outcome = tokio::select! {
-        () = ending.cancelled() => Ok(()),
-        () = hand_on(&store) => Ok(()),
+        () = ending.cancelled() => Ok(Ended::Told),
+        () = hand_on(&store) => Ok(Ended::Told),
+        renewed = renew(&store, &seats, &tls) => renewed.map(|()| Ended::ForOtherCertificates),
         why = store.failed() => Err(anyhow::anyhow!("the store cannot go on: {why}")),
         _ = &mut peers => Err(anyhow::anyhow!("the hosts can no longer reach this witness")),
     };
@@ -93,7 +120,7 @@ async fn hand_on(store: &Store) {
 /// Asks the pool's master for a vote.
 async fn enrol(config: &WitnessConfig, seats: &Seats, master: &str) -> anyhow::Result<()> {
     let password = config::root_password(None)?;
-    let abroad = Arc::new(HttpsAbroad::new(API_PORT).context("cannot set up TLS")?);
+    let abroad = Arc::new(HttpsAbroad::new(API_PORT));
     let newcomer = Newcomer { uuid: config.uuid, address: config.listen };
     let seat = controller::enrol_witness(abroad, &newcomer, master, "root", &password).await;
     let seat = seat.map_err(|error| anyhow::anyhow!("{master} does not take this witness: {error}"))?;

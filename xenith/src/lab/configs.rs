@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use controller::certificates::{self, Issued};
-use member_agent::{AcceleratorChoice, NicSource, TlsFiles};
+use member_agent::{AcceleratorChoice, NicSource, StoreChoice, TlsFiles};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -35,9 +35,12 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
     let members: Vec<_> = plan.hosts.iter().filter(|host| !host.apart).map(|host| member(plan, host)).collect();
     for (position, host) in plan.hosts.iter().enumerate() {
         let place = layout.host(&host.name);
-        for dir in [place.root(), &place.tls(), &place.controller_data(), &place.agent_state()] {
+        let storage = place.storage();
+        let dirs = [&place.tls(), &place.controller_data(), &place.agent_state(), &storage.join("local")];
+        for dir in dirs.into_iter().map(PathBuf::as_path).chain([place.root()]) {
             private_dir(dir)?;
         }
+        share(&layout.shared_storage(), &storage.join("shared"))?;
         // A host apart has an authority of its own, as it is a pool of its own.
         let (ca, own) = if host.apart {
             let ca = place.tls().join("ca");
@@ -103,6 +106,9 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
                 qemu_binary: None,
                 accelerator: AcceleratorChoice::Auto,
                 boot_id_path: place.boot_id(),
+                storage_dir: Some(storage),
+                stores: StoreChoice::Auto,
+                programs: None,
             },
             log: Log::default(),
             traces: Traces::default(),
@@ -115,6 +121,16 @@ pub fn write(layout: &Layout, plan: &Plan) -> anyhow::Result<()> {
 /// From now on it is another boot of this host: its agent forgets what a machine forgets when its power goes.
 pub fn new_boot(place: &HostLayout) -> anyhow::Result<()> {
     private_file(&place.boot_id(), &format!("{}\n", Uuid::new_v4()))
+}
+
+/// Lets a host reach what all share.
+fn share(shared: &Path, link: &Path) -> anyhow::Result<()> {
+    private_dir(shared)?;
+    if link.is_symlink() {
+        // The lab may have been moved since.
+        std::fs::remove_file(link).with_context(|| format!("cannot replace {}", link.display()))?;
+    }
+    std::os::unix::fs::symlink(shared, link).with_context(|| format!("cannot make {}", link.display()))
 }
 
 fn member(plan: &Plan, host: &Host) -> Member {

@@ -1,8 +1,9 @@
 //! Where a lab keeps its things.
 //!
 //! ```text
-//! DIR/lab.json  DIR/lab.lock  DIR/root-password  DIR/ca/{ca.pem,ca.key}
+//! DIR/lab.json  DIR/lab.lock  DIR/root-password  DIR/ca/{ca.pem,ca.key}  DIR/storage/
 //! DIR/host1/{controller.toml,agent.toml,controller.log,agent.log,boot-id,socket,controller/,agent/,tls/}
+//! DIR/host1/storage/{local/,shared -> ../../storage}
 //! ```
 
 use std::fs::{File, OpenOptions, TryLockError};
@@ -95,6 +96,11 @@ impl Layout {
         self.root.join("ca")
     }
 
+    /// Storage that all hosts reach.
+    pub fn shared_storage(&self) -> PathBuf {
+        self.root.join("storage")
+    }
+
     /// A host of the lab.
     pub fn host(&self, name: &str) -> HostLayout {
         HostLayout { root: self.root.join(name) }
@@ -141,6 +147,11 @@ impl HostLayout {
     /// The agent's state; every domain's command line names it.
     pub fn agent_state(&self) -> PathBuf {
         self.root.join("agent")
+    }
+
+    /// Where the host's stores are: its own, and a link to what all share.
+    pub fn storage(&self) -> PathBuf {
+        self.root.join("storage")
     }
 
     /// What tells one boot of the host from the next.

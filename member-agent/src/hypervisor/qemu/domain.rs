@@ -19,67 +19,50 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::process::Child;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use super::description::Description;
+use super::guest;
 use super::process::Process;
 use super::qmp::{Event, Qmp, QmpError};
+use super::request::{Answer, Pending, Request, Wait, What, answer};
 use crate::facts::unix_seconds;
-use crate::hypervisor::domain::{Action, DomainState, Power, Reason, Refusal, StepKind};
+use crate::hypervisor::domain::{Action, Disk, DomainState, Power, Reason, Refusal, StepKind};
 use crate::hypervisor::roster::Roster;
 
 /// How long QEMU may take for a command that takes it no time.
-const COMMAND: Duration = Duration::from_secs(5);
+pub(super) const COMMAND: Duration = Duration::from_secs(5);
 /// How long QEMU may take to end when it is asked to; then it is ended by force.
 const QUIT: Duration = Duration::from_secs(3);
 /// Between two tries to reach a QEMU that lives but does not listen.
 const RECONNECT: Duration = Duration::from_millis(500);
-/// A guest that does not listen yet would miss a single press of the power button.
-const PRESS_AGAIN: Duration = Duration::from_secs(5);
 /// A guest that fails sooner than this many seconds after its start would only fail again: it is not restarted.
 const TOO_SOON: u64 = 120;
 /// How often the console's log is looked at, and how long it may get.
 const LOG_CHECK: Duration = Duration::from_secs(10);
 const LOG_LIMIT: u64 = 1 << 20;
 
-pub(super) type Answer = Result<DomainState, Refusal>;
-
 /// The ways to the tasks of all domains.
 pub(super) type Handles = Mutex<HashMap<Uuid, mpsc::Sender<Request>>>;
 
-/// What a domain can be asked for.
-#[derive(Debug)]
-pub(super) struct Request {
-    pub kind: StepKind,
-    /// Asks the guest first (reboot).
-    pub clean: bool,
-    /// How long the guest has to obey.
-    pub limit: Duration,
-    pub by: String,
-    pub answer: oneshot::Sender<Answer>,
-}
+/// The disks of all domains, those included that are being built.
+pub(super) type Images = Mutex<HashMap<Uuid, Vec<Disk>>>;
 
 /// What all domains of the driver share.
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
     pub roster: Arc<Roster>,
     pub handles: Arc<Handles>,
+    pub images: Arc<Images>,
+    pub version: Arc<str>,
     pub tasks: TaskTracker,
     pub shutdown: CancellationToken,
-}
-
-/// What the guest was asked for and has not done yet.
-#[derive(Debug)]
-struct Asked {
-    request: Request,
-    deadline: Instant,
-    press: Instant,
 }
 
 /// The process is on its way out.
@@ -96,16 +79,21 @@ struct Ending {
 /// What the task owns.
 #[derive(Debug)]
 pub(super) struct Domain {
-    description: Description,
-    dir: PathBuf,
+    pub(super) description: Description,
+    pub(super) dir: PathBuf,
     process: Process,
     child: Option<Child>,
     qmp: Option<Qmp>,
     events: mpsc::Receiver<Event>,
-    shared: Shared,
-    asked: Option<Asked>,
+    pub(super) shared: Shared,
+    /// What was asked and takes its time.
+    pub(super) pending: Vec<Pending>,
     ending: Option<Ending>,
     reconnect: Instant,
+    /// The guest's agent, while it has its port open.
+    pub(super) interview: Option<DropGuard>,
+    pub(super) tell: mpsc::Sender<guest::Heard>,
+    heard: mpsc::Receiver<guest::Heard>,
 }
 
 impl Domain {
@@ -122,9 +110,22 @@ impl Domain {
             Some((qmp, events)) => (Some(qmp), events),
             None => (None, mpsc::channel(1).1),
         };
-        let dir = dir.to_owned();
-        let reconnect = Instant::now() + RECONNECT;
-        Self { description, dir, process, child, qmp, events, shared, asked: None, ending: None, reconnect }
+        let (tell, heard) = mpsc::channel(4);
+        Self {
+            description,
+            dir: dir.to_owned(),
+            process,
+            child,
+            qmp,
+            events,
+            shared,
+            pending: Vec::new(),
+            ending: None,
+            reconnect: Instant::now() + RECONNECT,
+            interview: None,
+            tell,
+            heard,
+        }
     }
 
     /// The VM it is the domain of.
@@ -135,7 +136,7 @@ impl Domain {
     /// Lives until the process has ended, or the agent does.
     pub async fn run(mut self, mut mailbox: mpsc::Receiver<Request>) {
         // What happened before anybody listened.
-        self.examine().await;
+        self.take_stock().await;
         let mut log_check = interval(LOG_CHECK);
         log_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -148,111 +149,200 @@ impl Domain {
                     None => self.disconnect(),
                 },
                 Some(request) = mailbox.recv() => self.on_request(request).await,
-                () = at(self.asked.as_ref().map(|asked| asked.deadline)) => self.time_is_up(),
-                () = at(self.asked.as_ref().map(|asked| asked.press)) => self.press_again().await,
+                Some(heard) = self.heard.recv() => self.on_heard(heard).await,
+                () = at(self.pending.iter().map(Pending::next).min()) => self.on_time().await,
                 () = at(self.ending.as_ref().and_then(|ending| ending.kill)) => self.end_by_force(),
                 () = sleep_until(self.reconnect), if !connected => self.connect_again().await,
-                _ = log_check.tick() => bound_log(&self.dir),
+                _ = log_check.tick() => {
+                    bound_log(&self.dir);
+                    // What could not be undone before.
+                    self.undo_saving().await;
+                }
             }
         }
         self.finish();
     }
 
-    fn state(&self) -> &DomainState {
+    pub(super) fn state(&self) -> &DomainState {
         &self.description.state
     }
 
     /// Takes on a new state, on disk first, then before everybody. Nothing new is not told.
-    fn take_on(&mut self, change: impl FnOnce(&mut DomainState)) -> DomainState {
+    pub(super) fn take_on(&mut self, change: impl FnOnce(&mut DomainState)) -> DomainState {
         let mut state = self.state().clone();
         change(&mut state);
         if state != *self.state() {
             self.description.state = state.clone();
-            if let Err(error) = self.description.save(&self.dir) {
-                tracing::error!(vm = %state.vm, %error, "a domain's state is not kept");
-            }
+            self.description.runs();
+            self.keep();
             self.shared.roster.publish(state.clone());
         }
         state
     }
 
-    async fn command(&self, name: &'static str) -> Result<(), Refusal> {
-        let qmp = self.qmp.as_ref().ok_or_else(|| Refusal::failed(QmpError::Closed))?;
-        qmp.execute(name, json!({}), COMMAND).await.map(drop).map_err(Refusal::failed)
+    /// Writes down what has changed.
+    pub(super) fn keep(&self) {
+        if let Err(error) = self.description.save(&self.dir) {
+            tracing::error!(vm = %self.vm(), %error, "a domain's state is not kept");
+        }
+        self.shared.images.lock().insert(self.vm(), self.description.images());
+    }
+
+    /// A step was done: takes on what it changed, and who did it.
+    pub(super) fn done(&mut self, by: &str, change: impl FnOnce(&mut DomainState)) -> DomainState {
+        self.take_on(|state| {
+            change(state);
+            by.clone_into(&mut state.last_operation);
+            state.reason.clear();
+        })
+    }
+
+    pub(super) fn qmp(&self) -> Result<&Qmp, Refusal> {
+        self.qmp.as_ref().ok_or_else(|| Refusal::failed(QmpError::Closed))
+    }
+
+    /// Runs a command that takes QEMU no time.
+    pub(super) async fn execute(&self, name: &'static str, arguments: Value) -> Result<Value, Refusal> {
+        self.qmp()?.execute(name, arguments, COMMAND).await.map_err(Refusal::failed)
+    }
+
+    pub(super) async fn command(&self, name: &'static str) -> Result<(), Refusal> {
+        self.execute(name, json!({})).await.map(drop)
     }
 
     async fn on_request(&mut self, request: Request) {
         if let Some(ending) = &mut self.ending {
             // Whoever wants it gone waits for the same end; nothing else makes sense any more.
-            if request.kind == StepKind::Destroy {
+            if matches!(request.what, What::Destroy) {
                 ending.answers.push(request.answer);
             } else {
                 answer(request.answer, Err(Refusal::no_such_domain(self.description.state.vm)));
             }
             return;
         }
-        if let Err(refusal) = request.kind.check(self.state().power, request.clean) {
+        let checked = request.what.check(self.state().power).and_then(|()| self.check_pending(&request.what));
+        if let Err(refusal) = checked {
             return answer(request.answer, Err(refusal));
         }
-        match request.kind {
-            StepKind::Start => answer(request.answer, Err(Refusal::new(Reason::DomainExists, ""))),
-            StepKind::Destroy => self.end(Power::Halted, &request.by, "destroyed", vec![request.answer]).await,
-            StepKind::Pause => {
-                let done = self.command("stop").await;
-                self.conclude(request, done, Power::Paused);
+        let outcome = match &request.what {
+            What::Destroy => return self.end(Power::Halted, &request.by, "destroyed", vec![request.answer]).await,
+            What::Pause => self.switch("stop", Power::Paused, &request.by).await,
+            What::Unpause => self.switch("cont", Power::Running, &request.by).await,
+            What::Reboot { clean: false } => {
+                self.begin_anew(&request.by, "").await.map(|()| Some(self.state().clone()))
             }
-            StepKind::Unpause => {
-                let done = self.command("cont").await;
-                self.conclude(request, done, Power::Running);
-            }
-            StepKind::Reboot if !request.clean => {
-                let done = self.begin_anew(&request.by, "").await;
-                answer(request.answer, done.map(|()| self.state().clone()));
-            }
-            StepKind::Shutdown | StepKind::Reboot => self.ask_guest(request).await,
-        }
+            What::Shutdown | What::Reboot { .. } => return self.ask_guest(request).await,
+            What::Suspend { .. } => return self.suspend(request).await,
+            What::MemoryTarget(bytes) => self.set_memory_target(*bytes, &request.by).await.map(Some),
+            What::Vcpus(number) => match self.set_vcpus(*number, &request.by).await {
+                Ok(going) if !going.is_empty() => return self.wait(request, Wait::Vcpus(going)),
+                Ok(_) => Ok(Some(self.state().clone())),
+                Err(refusal) => Err(refusal),
+            },
+            What::SysRq(letter) => self.send_sysrq(*letter, &request.by).await.map(Some),
+            What::Plug(disk) => self.plug(disk.clone(), &request.by).await.map(Some),
+            What::Unplug { vbd, force } => match self.unplug(vbd, *force, &request.by).await {
+                Ok(Some(device)) => return self.wait(request, Wait::Unplugged(device)),
+                Ok(None) => Ok(Some(self.state().clone())),
+                Err(refusal) => Err(refusal),
+            },
+            What::Medium { vbd, medium } => self.change_medium(vbd, medium.as_ref(), &request.by).await.map(Some),
+            What::Relink { vbd, overlay } => self.relink(vbd, overlay).await.map(|()| None),
+            What::Resize { vbd, bytes } => self.resize(vbd, *bytes).await.map(|()| None),
+            What::Join { vbd, base } => match self.join(vbd, base.as_deref()).await {
+                Ok(job) => return self.wait(request, Wait::Joined(job)),
+                Err(refusal) => Err(refusal),
+            },
+        };
+        answer(request.answer, outcome.map(|state| state.unwrap_or_else(|| self.state().clone())));
     }
 
-    fn conclude(&mut self, request: Request, done: Result<(), Refusal>, power: Power) {
-        let outcome = done.map(|()| {
-            self.take_on(|state| {
-                state.power = power;
-                state.last_operation.clone_from(&request.by);
-                state.reason.clear();
-            })
-        });
-        answer(request.answer, outcome);
+    /// While its memory is being written nothing else can be done with a domain; nor can that begin while something else
+    /// is being done to its disks.
+    fn check_pending(&self, what: &What) -> Result<(), Refusal> {
+        let saving = self.pending.iter().any(|pending| matches!(pending.wait, Wait::Saved(_)));
+        let busy = self.pending.iter().any(|pending| !matches!(pending.wait, Wait::Off | Wait::Saved(_)));
+        let suspends = matches!(what, What::Suspend { .. });
+        if saving && !matches!(what, What::Destroy) {
+            return Err(Refusal::new(Reason::BadState, "suspending"));
+        }
+        if busy && suspends {
+            return Err(Refusal::failed("something else is being done to the domain"));
+        }
+        Ok(())
+    }
+
+    async fn switch(&mut self, command: &'static str, power: Power, by: &str) -> Result<Option<DomainState>, Refusal> {
+        self.command(command).await?;
+        Ok(Some(self.done(by, |state| state.power = power)))
+    }
+
+    /// Answers a request later.
+    pub(super) fn wait(&mut self, request: Request, wait: Wait) {
+        self.pending.push(Pending::new(request, wait));
     }
 
     async fn ask_guest(&mut self, request: Request) {
-        if self.asked.is_some() {
+        if self.pending.iter().any(|pending| matches!(pending.wait, Wait::Off)) {
             let refusal = Refusal::failed("the guest has been asked already and has not done it yet");
             return answer(request.answer, Err(refusal));
         }
         match self.command("system_powerdown").await {
-            Ok(()) => {
-                let now = Instant::now();
-                self.asked = Some(Asked { deadline: now + request.limit, press: now + PRESS_AGAIN, request });
-            }
+            Ok(()) => self.wait(request, Wait::Off),
             Err(refusal) => answer(request.answer, Err(refusal)),
         }
     }
 
-    async fn press_again(&mut self) {
-        let pressed = self.command("system_powerdown").await;
-        if let Some(asked) = &mut self.asked {
-            asked.press = Instant::now() + PRESS_AGAIN;
-            if let Err(refusal) = pressed {
-                tracing::warn!(vm = %self.description.state.vm, %refusal, "cannot press the power button");
+    /// Looks after what takes its time: it may be done, or its time may be up.
+    async fn on_time(&mut self) {
+        let now = Instant::now();
+        for mut pending in std::mem::take(&mut self.pending) {
+            if pending.next() > now {
+                self.pending.push(pending);
+            } else if pending.deadline <= now {
+                self.time_is_up(pending).await;
+            } else {
+                pending.look = now + pending.wait.pace();
+                self.look_after(pending).await;
             }
         }
     }
 
-    fn time_is_up(&mut self) {
-        if let Some(asked) = self.asked.take() {
-            let detail = format!("the guest did not obey within {} ms", asked.request.limit.as_millis());
-            answer(asked.request.answer, Err(Refusal::new(Reason::TimedOut, detail)));
+    /// Looks how far it is, and answers if it is done.
+    async fn look_after(&mut self, pending: Pending) {
+        match &pending.wait {
+            Wait::Off => {
+                if let Err(refusal) = self.command("system_powerdown").await {
+                    tracing::warn!(vm = %self.vm(), %refusal, "cannot press the power button");
+                }
+                self.pending.push(pending);
+            }
+            Wait::Saved(_) => self.look_at_saving(pending).await,
+            Wait::Unplugged(device) => {
+                // A guest that did not listen yet has missed it; one that is at it says so, which is no news.
+                let asked = self.execute("device_del", json!({ "id": device })).await;
+                tracing::debug!(vm = %self.vm(), device, ?asked, "the guest was asked again");
+                self.pending.push(pending);
+            }
+            Wait::Vcpus(_) => self.pending.push(pending),
+            Wait::Joined(_) => self.look_at_joining(pending).await,
         }
+    }
+
+    async fn time_is_up(&mut self, pending: Pending) {
+        let limit = pending.request.limit.as_millis();
+        let detail = match &pending.wait {
+            Wait::Saved(_) => return self.give_up_saving(pending, Refusal::new(Reason::TimedOut, "")).await,
+            Wait::Joined(_) => format!("the images are not joined within {limit} ms"),
+            _ => format!("the guest did not obey within {limit} ms"),
+        };
+        answer(pending.request.answer, Err(Refusal::new(Reason::TimedOut, detail)));
+    }
+
+    /// Takes out what waits for something like this.
+    pub(super) fn take_pending(&mut self, wanted: impl Fn(&Wait) -> bool) -> Option<Pending> {
+        let at = self.pending.iter().position(|pending| wanted(&pending.wait))?;
+        Some(self.pending.remove(at))
     }
 
     async fn on_event(&mut self, event: &Event) {
@@ -272,13 +362,30 @@ impl Domain {
                     state.reason = "guest-reset".to_owned();
                 });
             }
+            "MIGRATION" => {
+                if let Some(pending) = self.take_pending(|wait| matches!(wait, Wait::Saved(_))) {
+                    self.look_at_saving(pending).await;
+                }
+            }
+            "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" => self.job_ended(event).await,
+            "DEVICE_DELETED" => self.device_went(event.text("device"), event.text("path")).await,
+            "BALLOON_CHANGE" => self.balloon_is(&event.data),
+            "VSERPORT_CHANGE" if event.text("id") == "agent" => self.port_changed(event.flag("open")),
             _ => {}
         }
     }
 
+    /// After a time without a connection: how the domain is, and what has become of what was under way.
+    async fn take_stock(&mut self) {
+        self.look_at_disks().await;
+        self.undo_saving().await;
+        self.examine().await;
+        self.look_at_guest().await;
+    }
+
     /// Asks QEMU how the domain is, and takes that on.
     async fn examine(&mut self) {
-        let (Some(qmp), None) = (&self.qmp, &self.ending) else {
+        let (Some(qmp), None, None) = (&self.qmp, &self.ending, self.description.saving) else {
             return;
         };
         let status = match qmp.status(COMMAND).await {
@@ -314,12 +421,12 @@ impl Domain {
             "guest-reset" => self.description.spec.on_reboot,
             _ => self.description.spec.on_shutdown,
         };
-        let (by, answers) = match self.asked.take() {
-            Some(asked) if asked.request.kind == StepKind::Reboot => {
-                let done = self.begin_anew(&asked.request.by, "").await;
-                return answer(asked.request.answer, done.map(|()| self.state().clone()));
+        let (by, answers) = match self.take_pending(|wait| matches!(wait, Wait::Off)) {
+            Some(Pending { request, .. }) if request.what.kind() == Some(StepKind::Reboot) => {
+                let done = self.begin_anew(&request.by, "").await;
+                return answer(request.answer, done.map(|()| self.state().clone()));
             }
-            Some(asked) => (asked.request.by, vec![asked.request.answer]),
+            Some(Pending { request, .. }) => (request.by, vec![request.answer]),
             None if restart == Action::Restart => {
                 return self.restart_or_end(Power::Halted, reason).await;
             }
@@ -347,6 +454,7 @@ impl Domain {
     /// Resets the machine and lets it run: the same domain, a new guest.
     async fn begin_anew(&mut self, by: &str, reason: &str) -> Result<(), Refusal> {
         self.command("system_reset").await?;
+        self.description.first_run = None;
         self.command("cont").await?;
         self.take_on(|state| {
             state.power = Power::Running;
@@ -358,7 +466,7 @@ impl Domain {
     }
 
     /// Ends the process: asked first, so that images are closed in order, then by force.
-    async fn end(&mut self, power: Power, by: &str, reason: &str, answers: Vec<oneshot::Sender<Answer>>) {
+    pub(super) async fn end(&mut self, power: Power, by: &str, reason: &str, answers: Vec<oneshot::Sender<Answer>>) {
         let (by, reason) = (by.to_owned(), reason.to_owned());
         let asked = match &self.qmp {
             Some(qmp) => qmp.execute("quit", json!({}), QUIT).await.is_ok(),
@@ -379,6 +487,7 @@ impl Domain {
 
     fn disconnect(&mut self) {
         self.qmp = None;
+        self.interview = None;
         self.reconnect = Instant::now() + RECONNECT;
     }
 
@@ -387,7 +496,7 @@ impl Domain {
             Ok((qmp, events)) => {
                 self.qmp = Some(qmp);
                 self.events = events;
-                self.examine().await;
+                self.take_stock().await;
             }
             Err(error) => {
                 tracing::debug!(vm = %self.state().vm, %error, "QEMU lives and does not listen");
@@ -409,14 +518,16 @@ impl Domain {
             tracing::warn!(%vm, %error, "a domain's directory stays behind");
         }
         self.shared.handles.lock().remove(&vm);
+        self.shared.images.lock().remove(&vm);
         self.shared.roster.remove(last.clone());
         for waiting in ending.answers {
             answer(waiting, Ok(last.clone()));
         }
-        if let Some(asked) = self.asked.take() {
+        for Pending { request, .. } in self.pending.drain(..) {
             let gone = Refusal::failed(format!("the domain has ended meanwhile: {}", last.reason));
-            let off = asked.request.kind == StepKind::Shutdown;
-            answer(asked.request.answer, if off { Ok(last) } else { Err(gone) });
+            // Who wanted it off has what was wanted; who wanted a disk out of it as well.
+            let wanted = matches!(request.what, What::Shutdown);
+            answer(request.answer, if wanted { Ok(last.clone()) } else { Err(gone) });
         }
     }
 
@@ -432,11 +543,6 @@ impl Domain {
         }
         Ending { power: end.0, by: String::new(), reason: end.1, kill: None, answers: Vec::new() }
     }
-}
-
-/// Nobody may be waiting any more; that is theirs to know.
-fn answer(to: oneshot::Sender<Answer>, outcome: Answer) {
-    let _ = to.send(outcome);
 }
 
 /// Returns at a time, or never.

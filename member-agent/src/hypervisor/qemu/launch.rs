@@ -4,18 +4,18 @@
 //! until the agent listens, so that nothing a guest does goes unseen. A guest that ends keeps its process
 //! (`shutdown=pause`) until the agent has learnt why, also when there is no agent just then.
 //!
-//! For now NICs are QEMU's own user networking without a way out: the guest sees its NIC and MAC, and nobody
-//! else. Disks are virtio, raw unless their name ends in `.qcow2`; the format is never guessed from content, which
-//! is the guest's. `VM.platform` has no effect yet.
+//! Each device has its place on the bus, so that a domain that is resumed finds it there. `VM.platform` has no effect yet.
 
 use std::path::Path;
 use std::process::Stdio;
 use std::{fs, io};
 
-use serde_json::json;
 use tokio::process::{Child, Command};
 
+use super::description::Description;
+use super::{blocks, nics};
 use crate::hypervisor::domain::{Action, DomainSpec, MIB, Reason, Refusal};
+use crate::hypervisor::saved::Saved;
 
 /// How QEMU runs the vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,23 +59,31 @@ pub(super) fn check(spec: &DomainSpec) -> Result<(), Refusal> {
     if !matches!(spec.firmware.as_str(), "" | "bios") {
         return Err(Refusal::new(Reason::Unsupported, format!("firmware {:?}", spec.firmware)));
     }
+    if spec.disks.iter().filter(|disk| disk.cdrom).count() > 4 {
+        return Err(Refusal::new(Reason::Unsupported, "more than four CD drives"));
+    }
     if spec.memory() == 0 {
         return Err(Refusal::new(Reason::BootFailed, "a domain needs memory"));
     }
     Ok(())
 }
 
-/// The whole command line.
-pub(super) fn arguments(spec: &DomainSpec, accelerator: Accelerator) -> Vec<String> {
+/// The whole command line. With `saved`, the machine waits for what it was to be told over QMP.
+pub(super) fn arguments(description: &Description, accelerator: Accelerator, saved: Option<&Saved>) -> Vec<String> {
+    let (spec, domid) = (&description.spec, description.state.domid);
     let mut line = Line::default();
     line.add("-name", format!("guest={}", escaped(&spec.name)));
     line.add("-uuid", spec.vm.to_string());
-    line.add("-machine", "pc,usb=off");
+    let machine = saved.map(|saved| saved.machine.as_str()).filter(|machine| !machine.is_empty());
+    line.add("-machine", format!("{},usb=off", escaped(machine.unwrap_or("pc"))));
     line.words(&accelerator.arguments());
     line.add("-m", format!("{}M", spec.memory() / MIB));
     let at_startup = spec.vcpus_at_startup.max(1);
     line.add("-smp", format!("cpus={at_startup},maxcpus={}", spec.vcpus_max.max(at_startup)));
     line.words(&["-nodefaults", "-no-user-config", "-S", "-pidfile", "qemu.pid"]);
+    if saved.is_some() {
+        line.words(&["-incoming", "defer"]);
+    }
     line.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
 
     let reboot = if spec.on_reboot == Action::Restart { "reset" } else { "shutdown" };
@@ -84,12 +92,27 @@ pub(super) fn arguments(spec: &DomainSpec, accelerator: Accelerator) -> Vec<Stri
     line.add("-qmp", "unix:qmp,server=on,wait=off");
     line.add("-chardev", "socket,id=console,path=console,server=on,wait=off,logfile=console.log,logappend=on");
     line.add("-serial", "chardev:console");
-    line.add("-device", "VGA,vgamem_mb=8");
+    line.add("-device", "VGA,vgamem_mb=8,addr=2");
     line.add("-vnc", "unix:vnc");
+    line.add("-device", "virtio-serial-pci,id=ports,addr=3");
+    line.add("-chardev", "socket,id=agent,path=agent,server=on,wait=off");
+    line.add("-device", "virtserialport,id=agent,bus=ports.0,chardev=agent,name=org.qemu.guest_agent.0");
+    line.add("-device", "virtio-balloon-pci,id=balloon,addr=4");
 
     boot(&mut line, spec);
-    disks(&mut line, spec);
-    nics(&mut line, spec);
+    let turns = turns(spec);
+    for attached in &description.disks {
+        let turn = turns.iter().position(|device| *device == blocks::device_id(&attached.disk));
+        let node = attached.nodes.first();
+        if let Some(node) = node {
+            line.add("-blockdev", blocks::image(&attached.disk, node, false).to_string());
+        }
+        line.add("-device", blocks::device(&attached.disk, node, spec.vcpus_max, turn).to_string());
+    }
+    for (backend, device) in nics::options(spec, domid) {
+        line.add("-netdev", backend);
+        line.add("-device", device.to_string());
+    }
     line.0
 }
 
@@ -105,39 +128,26 @@ fn boot(line: &mut Line, spec: &DomainSpec) {
     }
     let order: String = spec.boot_order.chars().filter(|letter| "cdn".contains(*letter)).collect();
     if !order.is_empty() {
-        line.add("-boot", format!("order={order}"));
+        line.add("-boot", format!("order={order},strict=off"));
     }
 }
 
-fn disks(line: &mut Line, spec: &DomainSpec) {
-    for (number, disk) in spec.disks.iter().enumerate() {
-        let node = format!("disk{number}");
-        let bus = if disk.cdrom { "ide-cd" } else { "virtio-blk-pci" };
-        if disk.path.is_empty() {
-            line.add("-device", format!("{bus},id={node}"));
-            continue;
+/// Which disks the firmware tries, in turn: those that are bootable before the others of their kind.
+fn turns(spec: &DomainSpec) -> Vec<String> {
+    // A kernel of our own comes before any disk.
+    if !spec.kernel.is_empty() {
+        return Vec::new();
+    }
+    let order = if spec.boot_order.is_empty() { "cd" } else { spec.boot_order.as_str() };
+    let mut turns = Vec::new();
+    for letter in order.chars() {
+        let mut disks: Vec<_> = spec.disks.iter().filter(|disk| disk.cdrom == (letter == 'd')).collect();
+        disks.sort_by_key(|disk| !disk.bootable);
+        if matches!(letter, 'c' | 'd') {
+            turns.extend(disks.into_iter().map(blocks::device_id));
         }
-        let format = if disk.path.ends_with(".qcow2") { "qcow2" } else { "raw" };
-        let read_only = disk.read_only || disk.cdrom;
-        let protocol = if disk.path.starts_with("/dev/") { "host_device" } else { "file" };
-        let backend = json!({
-            "driver": format,
-            "node-name": node,
-            "read-only": read_only,
-            "file": { "driver": protocol, "filename": disk.path, "read-only": read_only },
-        });
-        line.add("-blockdev", backend.to_string());
-        let serial = escaped(&disk.device);
-        line.add("-device", format!("{bus},id={node}-{serial},drive={node},serial={serial}"));
     }
-}
-
-fn nics(line: &mut Line, spec: &DomainSpec) {
-    for (number, vif) in spec.vifs.iter().enumerate() {
-        line.add("-netdev", format!("user,id=net{number},restrict=on"));
-        let mac = if vif.mac.is_empty() { String::new() } else { format!(",mac={}", escaped(&vif.mac)) };
-        line.add("-device", format!("virtio-net-pci,netdev=net{number},romfile={mac}"));
-    }
+    turns
 }
 
 /// QEMU's option lists separate by comma; a doubled one is meant.
@@ -164,6 +174,11 @@ mod tests {
     use super::*;
     use crate::hypervisor::domain::Disk;
 
+    fn arguments(spec: &DomainSpec, accelerator: Accelerator) -> Vec<String> {
+        let state = crate::hypervisor::domain::DomainState::halted(spec.vm, "", "");
+        super::arguments(&Description::new(spec.clone(), state), accelerator, None)
+    }
+
     fn value<'a>(arguments: &'a [String], option: &str) -> Option<&'a str> {
         let at = arguments.iter().position(|argument| argument == option)?;
         arguments.get(at + 1).map(String::as_str)
@@ -176,14 +191,12 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_path_is_taken_as_it_is() {
-        let disk = Disk { device: "xvda".into(), path: "/a,b\"c.raw".into(), ..Disk::default() };
-        let spec = DomainSpec { disks: vec![disk], ..DomainSpec::default() };
-        let arguments = arguments(&spec, Accelerator::Tcg);
-        let backend: serde_json::Value =
-            serde_json::from_str(value(&arguments, "-blockdev").expect("disk")).expect("JSON");
-        assert_eq!(backend["file"]["filename"], "/a,b\"c.raw");
-        assert_eq!((&backend["driver"], &backend["read-only"]), (&json!("raw"), &json!(false)));
+    fn firmware_tries_bootable_disks_first_and_kinds_in_their_order() {
+        let disk = |vbd: &str, cdrom, bootable| Disk { vbd: vbd.into(), cdrom, bootable, ..Disk::default() };
+        let disks = vec![disk("data", false, false), disk("cd", true, false), disk("system", false, true)];
+        let spec = DomainSpec { disks, boot_order: "dc".into(), ..DomainSpec::default() };
+        assert_eq!(turns(&spec), ["vbd-cd", "vbd-system", "vbd-data"]);
+        assert_eq!(turns(&DomainSpec { kernel: "/k".into(), ..spec }), Vec::<String>::new());
     }
 
     #[test]

@@ -1,15 +1,24 @@
 //! One QEMU process per domain, driven by QMP, on KVM where that works.
 //!
 //! The processes are nobody's children for long: they outlive the agent, which finds them again by the directory
-//! they work in. `launch` says what a spec means on the command line, `domain` owns a living one, `description` is
-//! what is kept about it, `process` notices its end, `qmp` talks to it, `probe` chooses the accelerator.
+//! they work in. `launch` says what a spec means on the command line, `blocks` and `nics` what disks and NICs do;
+//! `domain` owns a living one, with `plugging` for its disks, `saving` for its memory on disk, `balance` for what it has of
+//! its host, and `guest` for what its guest says; `description` is what is kept about it, `process` notices its end, `qmp`
+//! talks to it, `probe` chooses the accelerator.
 
+mod balance;
+mod blocks;
 mod description;
 mod domain;
+mod guest;
 mod launch;
+mod nics;
+mod plugging;
 mod probe;
 mod process;
 mod qmp;
+mod request;
+mod saving;
 
 use std::fs;
 use std::io;
@@ -26,17 +35,19 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::domain::{DomainSpec, DomainState, Power, Reason, Reboot, Refusal, StepKind};
+use super::domain::{Disk, DomainSpec, DomainState, Medium, Power, Reason, Reboot, Refusal};
 use super::roster::{Reservation, Roster};
-use super::{DomainIds, Features, Hypervisor, OpenError, Site};
+use super::saved::Saved;
+use super::{DomainIds, Features, Hypervisor, OpenError, Plugged, Site, Unplug};
 use crate::config::{AcceleratorChoice, Config};
 use crate::facts::unix_seconds;
 use crate::files;
 use description::{Description, Phase};
-use domain::{Domain, Handles, Request, Shared};
+use domain::{Domain, Handles, Images, Shared};
 use launch::Accelerator;
 use process::Process;
 use qmp::{Event, Qmp};
+use request::{Request, What};
 
 /// How long QEMU may take from its start to its first answer, on a machine that is busy.
 const LAUNCH: Duration = Duration::from_secs(30);
@@ -44,6 +55,27 @@ const LAUNCH: Duration = Duration::from_secs(30);
 const FIND: Duration = Duration::from_secs(2);
 /// The longest a step waits for a domain's task, beyond what the guest was given.
 const STEP: Duration = Duration::from_secs(30);
+/// How long the guest has to let go of a vCPU.
+const VCPUS: Duration = Duration::from_secs(20);
+/// How long memory may take on its way to an image or from one.
+const MEMORY: Duration = Duration::from_secs(1200);
+/// How long images may take to be joined.
+const JOIN: Duration = Duration::from_secs(24 * 3600);
+
+/// What a start has come to: a domain that may run.
+struct Built {
+    description: Description,
+    process: Process,
+    child: Child,
+    link: (Qmp, mpsc::Receiver<Event>),
+}
+
+/// An image that a domain is to be filled from.
+struct Source {
+    path: PathBuf,
+    saved: Saved,
+    file: fs::File,
+}
 
 /// The driver.
 #[derive(Debug)]
@@ -84,6 +116,8 @@ impl Qemu {
         let shared = Shared {
             roster: Roster::new(site.capacity),
             handles: Arc::new(Handles::default()),
+            images: Arc::new(Images::default()),
+            version: version.as_str().into(),
             tasks: site.tasks,
             shutdown: site.shutdown,
         };
@@ -124,8 +158,10 @@ impl Qemu {
 
     async fn take_in(&self, description: Description, dir: PathBuf, pid: i32) -> io::Result<()> {
         let state = description.state.clone();
+        self.shared.images.lock().insert(state.vm, description.images());
         let Ok(process) = Process::open(pid) else {
             tracing::info!(vm = %state.vm, pid, "a domain ended while it was found");
+            self.shared.images.lock().remove(&state.vm);
             return fs::remove_dir_all(&dir);
         };
         tracing::info!(vm = %state.vm, domid = state.domid, pid, "found a domain again");
@@ -155,12 +191,15 @@ impl Qemu {
         spec: DomainSpec,
         paused: bool,
         by: &str,
-        reservation: Reservation,
+        from: Option<Source>,
     ) -> Result<DomainState, Refusal> {
-        let dir = self.domains.join(spec.vm.to_string());
-        let built = self.build_in(&dir, spec, paused, by, &reservation).await;
-        match built {
-            Ok((description, process, child, link)) => {
+        launch::check(&spec)?;
+        let vm = spec.vm;
+        let reservation = self.shared.roster.reserve(vm, spec.memory())?;
+        let dir = self.domains.join(vm.to_string());
+        self.shared.images.lock().insert(vm, spec.disks.clone());
+        match self.build_in(&dir, spec, paused, by, from, &reservation).await {
+            Ok(Built { description, process, child, link }) => {
                 let (state, pid) = (description.state.clone(), process.pid());
                 let domain = Domain::new(description, &dir, process, Some(child), Some(link), self.shared.clone());
                 self.look_after(domain, || reservation.settle(state.clone()));
@@ -169,6 +208,7 @@ impl Qemu {
             }
             Err(refusal) => {
                 let _ = fs::remove_dir_all(&dir);
+                self.shared.images.lock().remove(&vm);
                 Err(refusal)
             }
         }
@@ -180,14 +220,15 @@ impl Qemu {
         spec: DomainSpec,
         paused: bool,
         by: &str,
+        from: Option<Source>,
         reservation: &Reservation,
-    ) -> Result<(Description, Process, Child, (Qmp, mpsc::Receiver<Event>)), Refusal> {
+    ) -> Result<Built, Refusal> {
         let domid = self.ids.next().map_err(Refusal::failed)?;
         let _ = fs::remove_dir_all(dir);
         fs::create_dir(dir).map_err(Refusal::failed)?;
-        let state = self.first_state(&spec, dir, domid, paused, by);
-        let arguments = launch::arguments(&spec, self.accelerator);
+        let state = self.first_state(&spec, dir, domid, paused, by, from.as_ref());
         let mut description = Description::new(spec, state);
+        let arguments = launch::arguments(&description, self.accelerator, from.as_ref().map(|from| &from.saved));
         // Before there is a process, so that a successor that finds one knows it as half built.
         description.save(dir).map_err(Refusal::failed)?;
         let boot_failed = |what: String| Refusal::new(Reason::BootFailed, what);
@@ -196,9 +237,21 @@ impl Qemu {
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).ok_or_else(|| boot_failed("no process".into()))?;
         let process = Process::open(pid).map_err(Refusal::failed)?;
 
+        let image = from.as_ref().map(|from| from.path.clone());
+        let refused = |what: String| {
+            let image = image.as_deref().and_then(|image| saving::why_not_filled(image, &what));
+            image.or_else(|| blocks::why_not_open(&what)).unwrap_or_else(|| boot_failed(what))
+        };
         let linked = tokio::select! {
-            link = self.switch_on(dir, paused) => link,
-            () = process.ended() => Err(boot_failed(said(dir))),
+            link = self.switch_on(dir, &description, paused, from) => match link {
+                Ok(link) => Ok(link),
+                // It may be on its way out, and its last words are better than ours.
+                Err(refusal) => match timeout(FIND, process.ended()).await {
+                    Ok(()) => Err(refused(said(dir))),
+                    Err(_) => Err(refusal),
+                },
+            },
+            () = process.ended() => Err(refused(said(dir))),
             () = reservation.cancelled() => Err(Refusal::failed("destroyed while it was being built")),
         };
         let finished = linked.and_then(|link| {
@@ -207,7 +260,7 @@ impl Qemu {
             Ok(link)
         });
         match finished {
-            Ok(link) => Ok((description, process, child, link)),
+            Ok(link) => Ok(Built { description, process, child, link }),
             Err(refusal) => {
                 process.kill();
                 let _ = timeout(STEP, child.wait()).await;
@@ -216,17 +269,40 @@ impl Qemu {
         }
     }
 
-    /// Waits for QEMU to answer, and lets the vCPUs run.
-    async fn switch_on(&self, dir: &Path, paused: bool) -> Result<(Qmp, mpsc::Receiver<Event>), Refusal> {
+    /// Waits for QEMU to answer, fills it if it is to be, and lets the vCPUs run.
+    async fn switch_on(
+        &self,
+        dir: &Path,
+        description: &Description,
+        paused: bool,
+        from: Option<Source>,
+    ) -> Result<(Qmp, mpsc::Receiver<Event>), Refusal> {
         let failed = |error: qmp::QmpError| Refusal::new(Reason::BootFailed, format!("{error}: {}", said(dir)));
-        let link = Qmp::connect(dir, LAUNCH, &self.shared.tasks).await.map_err(failed)?;
+        let (spec, state) = (&description.spec, &description.state);
+        let mut link = Qmp::connect(dir, LAUNCH, &self.shared.tasks).await.map_err(failed)?;
+        nics::connect(spec, state.domid).await?;
+        match from {
+            Some(Source { file, .. }) => saving::fill(&mut link, file, MEMORY).await.map_err(failed)?,
+            None if spec.target() < spec.memory() => {
+                balance::inflate(&link.0, spec.target(), LAUNCH).await.map_err(failed)?;
+            }
+            None => {}
+        }
         if !paused {
             link.0.execute("cont", json!({}), LAUNCH).await.map_err(failed)?;
         }
         Ok(link)
     }
 
-    fn first_state(&self, spec: &DomainSpec, dir: &Path, domid: i64, paused: bool, by: &str) -> DomainState {
+    fn first_state(
+        &self,
+        spec: &DomainSpec,
+        dir: &Path,
+        domid: i64,
+        paused: bool,
+        by: &str,
+        from: Option<&Source>,
+    ) -> DomainState {
         let console = |protocol: &str, socket: &str| super::domain::Console {
             protocol: protocol.to_owned(),
             location: format!("unix:{}", dir.join(socket).display()),
@@ -235,27 +311,20 @@ impl Qemu {
             vm: spec.vm,
             power: if paused { Power::Paused } else { Power::Running },
             domid,
-            memory_actual: spec.memory(),
+            memory_actual: from.map_or(spec.memory(), |from| from.saved.memory_actual),
+            memory_target: spec.target(),
             start_time: unix_seconds(),
-            last_operation: by.to_owned(),
-            reason: String::new(),
             consoles: vec![console("rfb", "vnc"), console("vt100", "console")],
             generation: spec.generation,
+            ..DomainState::halted(spec.vm, by, "")
         }
     }
 
     /// Hands a request to the domain's task and waits for what comes of it.
-    async fn ask(
-        &self,
-        vm: Uuid,
-        kind: StepKind,
-        clean: bool,
-        limit: Duration,
-        by: &str,
-    ) -> Result<DomainState, Refusal> {
+    async fn ask(&self, vm: Uuid, what: What, limit: Duration, by: &str) -> Result<DomainState, Refusal> {
         let handle = self.shared.handles.lock().get(&vm).cloned().ok_or_else(|| Refusal::no_such_domain(vm))?;
         let (answer, answered) = oneshot::channel();
-        let request = Request { kind, clean, limit, by: by.to_owned(), answer };
+        let request = Request { what, limit, by: by.to_owned(), answer };
         // A task that has just ended takes no request: the domain is gone.
         let late = |_| Refusal::new(Reason::TimedOut, "the domain's QEMU does not answer");
         let sent = timeout(STEP, handle.send(request)).await.map_err(late)?;
@@ -272,7 +341,7 @@ impl Hypervisor for Qemu {
             name: "qemu",
             version: self.version.clone(),
             accelerator: self.accelerator.name(),
-            abilities: &["console:rfb", "console:vt100"],
+            abilities: &["console:rfb", "console:vt100", "disk:plug", "memory:balloon", "suspend"],
         }
     }
 
@@ -281,36 +350,40 @@ impl Hypervisor for Qemu {
     }
 
     async fn start(&self, spec: DomainSpec, paused: bool, by: &str) -> Result<DomainState, Refusal> {
-        launch::check(&spec)?;
-        let reservation = self.shared.roster.reserve(spec.vm, spec.memory())?;
-        self.build(spec, paused, by, reservation).await
+        self.build(spec, paused, by, None).await
     }
 
     async fn destroy(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
         self.shared.roster.cancel_building(vm, STEP).await?;
-        match self.ask(vm, StepKind::Destroy, false, Duration::ZERO, by).await {
+        match self.ask(vm, What::Destroy, Duration::ZERO, by).await {
             Err(refusal) if refusal.reason == Reason::NoSuchDomain => Ok(DomainState::halted(vm, by, "")),
             outcome => outcome,
         }
     }
 
     async fn pause(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
-        self.ask(vm, StepKind::Pause, false, Duration::ZERO, by).await
+        self.ask(vm, What::Pause, Duration::ZERO, by).await
     }
 
     async fn unpause(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
-        self.ask(vm, StepKind::Unpause, false, Duration::ZERO, by).await
+        self.ask(vm, What::Unpause, Duration::ZERO, by).await
     }
 
     async fn shutdown(&self, vm: Uuid, limit: Duration, by: &str) -> Result<DomainState, Refusal> {
-        self.ask(vm, StepKind::Shutdown, true, limit, by).await
+        self.ask(vm, What::Shutdown, limit, by).await
     }
 
     async fn reboot(&self, vm: Uuid, reboot: Reboot, by: &str) -> Result<DomainState, Refusal> {
-        let running = Description::load(&self.domains.join(vm.to_string())).ok().map(|kept| kept.spec);
-        match reboot.spec {
-            // Another machine: the old one goes as asked, then the new one is built.
-            Some(spec) if running.is_some_and(|running| !running.same_machine(&spec)) => {
+        let kept = Description::load(&self.domains.join(vm.to_string())).ok();
+        let anew = kept.and_then(|kept| {
+            let spec = reboot.spec.clone().unwrap_or_else(|| kept.spec.clone());
+            let young = !reboot.clean && kept.firmware_may_be_at_work();
+            (young || !kept.spec.same_machine(&spec)).then_some(spec)
+        });
+        match anew {
+            // Another machine: the old one goes as asked, then the new one is built. So does one that is too young to
+            // be reset.
+            Some(spec) => {
                 launch::check(&spec)?;
                 if reboot.clean {
                     self.shutdown(vm, reboot.limit, by).await?;
@@ -319,8 +392,80 @@ impl Hypervisor for Qemu {
                 }
                 self.start(spec, false, by).await
             }
-            _ => self.ask(vm, StepKind::Reboot, reboot.clean, reboot.limit, by).await,
+            None => self.ask(vm, What::Reboot { clean: reboot.clean }, reboot.limit, by).await,
         }
+    }
+
+    async fn suspend(&self, vm: Uuid, into: &Path, keep_running: bool, by: &str) -> Result<DomainState, Refusal> {
+        match self.ask(vm, What::Suspend { into: into.to_owned(), keep_running }, MEMORY, by).await {
+            Err(refusal) if refusal.reason == Reason::NoSuchDomain && Saved::is_of(into, vm, by) => {
+                Ok(DomainState::halted(vm, by, "suspended"))
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn resume(&self, mut spec: DomainSpec, from: &Path, paused: bool, by: &str) -> Result<DomainState, Refusal> {
+        let (saved, file) = Saved::open(from)?;
+        if saved.driver != "qemu" || saved.vm != spec.vm {
+            let detail = format!("{} is of VM {} by {}", from.display(), saved.vm, saved.driver);
+            return Err(Refusal::new(Reason::Damaged, detail));
+        }
+        // The machine is what it was, whatever is wanted of it next.
+        spec.memory_static_max = saved.memory;
+        spec.memory_target = saved.memory_target;
+        spec.vcpus_at_startup = saved.vcpus;
+        self.build(spec, paused, by, Some(Source { path: from.to_owned(), saved, file })).await
+    }
+
+    async fn set_memory_target(&self, vm: Uuid, bytes: u64, by: &str) -> Result<DomainState, Refusal> {
+        self.ask(vm, What::MemoryTarget(bytes), Duration::ZERO, by).await
+    }
+
+    async fn set_vcpus(&self, vm: Uuid, number: u32, by: &str) -> Result<DomainState, Refusal> {
+        self.ask(vm, What::Vcpus(number), VCPUS, by).await
+    }
+
+    async fn send_sysrq(&self, vm: Uuid, letter: char, by: &str) -> Result<DomainState, Refusal> {
+        self.ask(vm, What::SysRq(letter), Duration::ZERO, by).await
+    }
+
+    async fn plug_disk(&self, vm: Uuid, disk: Disk, by: &str) -> Result<DomainState, Refusal> {
+        self.ask(vm, What::Plug(disk), Duration::ZERO, by).await
+    }
+
+    async fn unplug_disk(&self, vm: Uuid, vbd: &str, how: Unplug, by: &str) -> Result<DomainState, Refusal> {
+        self.ask(vm, What::Unplug { vbd: vbd.to_owned(), force: how.force }, how.limit, by).await
+    }
+
+    async fn change_medium(
+        &self,
+        vm: Uuid,
+        vbd: &str,
+        medium: Option<Medium>,
+        by: &str,
+    ) -> Result<DomainState, Refusal> {
+        self.ask(vm, What::Medium { vbd: vbd.to_owned(), medium }, Duration::ZERO, by).await
+    }
+
+    fn plugged(&self) -> Vec<Plugged> {
+        let images = self.shared.images.lock();
+        let disks = images.iter().flat_map(|(vm, disks)| disks.iter().map(|disk| (*vm, disk.clone())));
+        disks.map(|(vm, disk)| Plugged { vm, disk }).collect()
+    }
+
+    async fn relink_disk(&self, vm: Uuid, vbd: &str, overlay: &Path) -> Result<(), Refusal> {
+        let what = What::Relink { vbd: vbd.to_owned(), overlay: overlay.to_owned() };
+        self.ask(vm, what, Duration::ZERO, "").await.map(drop)
+    }
+
+    async fn resize_disk(&self, vm: Uuid, vbd: &str, bytes: u64) -> Result<(), Refusal> {
+        self.ask(vm, What::Resize { vbd: vbd.to_owned(), bytes }, Duration::ZERO, "").await.map(drop)
+    }
+
+    async fn join_disk(&self, vm: Uuid, vbd: &str, base: Option<&Path>) -> Result<(), Refusal> {
+        let what = What::Join { vbd: vbd.to_owned(), base: base.map(Path::to_owned) };
+        self.ask(vm, what, JOIN, "").await.map(drop)
     }
 }
 

@@ -5,15 +5,17 @@
 //! domain is.
 
 use std::collections::HashMap;
-use std::os::fd::AsRawFd;
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 use std::{fs, io};
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -71,6 +73,8 @@ pub(super) struct Qmp {
 struct Command {
     name: &'static str,
     arguments: Value,
+    /// Goes with the command, and is QEMU's from then on.
+    file: Option<OwnedFd>,
     answer: oneshot::Sender<Result<Value, QmpError>>,
 }
 
@@ -117,9 +121,24 @@ impl Qmp {
 
     /// Runs a command and gives what it returns.
     pub async fn execute(&self, name: &'static str, arguments: Value, limit: Duration) -> Result<Value, QmpError> {
+        self.execute_with(name, arguments, None, limit).await
+    }
+
+    /// Gives QEMU an open file under a name.
+    pub async fn give(&self, name: &str, file: OwnedFd, limit: Duration) -> Result<(), QmpError> {
+        self.execute_with("getfd", json!({ "fdname": name }), Some(file), limit).await.map(drop)
+    }
+
+    async fn execute_with(
+        &self,
+        name: &'static str,
+        arguments: Value,
+        file: Option<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Value, QmpError> {
         let deadline = Instant::now() + limit;
         let (answer, answered) = oneshot::channel();
-        let sent = timeout_at(deadline, self.commands.send(Command { name, arguments, answer }));
+        let sent = timeout_at(deadline, self.commands.send(Command { name, arguments, file, answer }));
         sent.await.map_err(|_| QmpError::Late(name))?.map_err(|_| QmpError::Closed)?;
         timeout_at(deadline, answered).await.map_err(|_| QmpError::Late(name))?.map_err(|_| QmpError::Closed)?
     }
@@ -170,10 +189,32 @@ impl Connection {
         // Who no longer waits needs no answer.
         self.waiting.retain(|_, answer| !answer.is_closed());
         self.waiting.insert(id, command.answer);
-        timeout(WRITE_LIMIT, self.stream.write_all(line.as_bytes()))
-            .await
-            .map_err(|_| QmpError::Late(command.name))??;
+        let write = async {
+            let sent = match &command.file {
+                Some(file) => self.send_file(line.as_bytes(), file).await?,
+                None => 0,
+            };
+            self.stream.write_all(&line.as_bytes()[sent..]).await
+        };
+        timeout(WRITE_LIMIT, write).await.map_err(|_| QmpError::Late(command.name))??;
         Ok(())
+    }
+
+    /// Sends as much of the line as fits, and the file with it.
+    async fn send_file(&self, line: &[u8], file: &OwnedFd) -> io::Result<usize> {
+        let rights = [file.as_raw_fd()];
+        loop {
+            self.stream.writable().await?;
+            let sent = self.stream.try_io(Interest::WRITABLE, || {
+                let (parts, rights) = ([IoSlice::new(line)], [ControlMessage::ScmRights(&rights)]);
+                sendmsg::<()>(self.stream.as_raw_fd(), &parts, &rights, MsgFlags::MSG_NOSIGNAL, None)
+                    .map_err(io::Error::from)
+            });
+            match sent {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                sent => return sent,
+            }
+        }
     }
 
     fn take_lines(&mut self, buffer: &mut Vec<u8>) -> Result<(), QmpError> {

@@ -52,7 +52,7 @@ struct Failure {
 
 /// The orders in force.
 #[derive(Debug)]
-pub(super) struct Faults {
+pub(crate) struct Faults {
     path: PathBuf,
     taken: PathBuf,
     inner: Mutex<Inner>,
@@ -65,9 +65,9 @@ struct Inner {
 }
 
 impl Faults {
-    /// Takes up the orders of a state directory.
-    pub fn open(state_dir: &Path) -> Self {
-        let taken = state_dir.join("sim.taken");
+    /// Takes up the orders of a state directory, for the hypervisor or for the stores: each takes those of its steps.
+    pub fn open(state_dir: &Path, whose: &str) -> Self {
+        let taken = state_dir.join(format!("{whose}.taken"));
         Self { path: state_dir.join("sim.toml"), taken, inner: Mutex::default() }
     }
 
@@ -151,12 +151,12 @@ mod tests {
         let text =
             format!("delay_ms = 5\ndie = [\"{vm}\"]\n[[fail_next]]\nstep = \"start\"\nreason = \"boot-failed\"\n");
         fs::write(dir.path().join("sim.toml"), text).expect("write");
-        let faults = Faults::open(dir.path());
+        let faults = Faults::open(dir.path(), "sim");
         assert_eq!(faults.refresh(), vec![vm]);
         assert_eq!(faults.refresh(), Vec::<Uuid>::new());
         assert_eq!(faults.failure(StepKind::Start).expect_err("ordered").reason, Reason::BootFailed);
         assert_eq!(faults.failure(StepKind::Start), Ok(()));
-        let again = Faults::open(dir.path());
+        let again = Faults::open(dir.path(), "sim");
         assert_eq!(again.refresh(), Vec::<Uuid>::new());
         assert_eq!(again.failure(StepKind::Start), Ok(()));
         assert_eq!(again.delay(StepKind::Start), Duration::from_millis(5));
@@ -166,7 +166,7 @@ mod tests {
     fn orders_that_are_not_understood_change_nothing() {
         let dir = tempfile::tempdir().expect("directory");
         fs::write(dir.path().join("sim.toml"), "delay_ms = 5").expect("write");
-        let faults = Faults::open(dir.path());
+        let faults = Faults::open(dir.path(), "sim");
         faults.refresh();
         fs::write(dir.path().join("sim.toml"), "delay = 50000").expect("write");
         faults.refresh();

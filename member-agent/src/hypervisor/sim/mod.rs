@@ -6,26 +6,35 @@
 
 mod faults;
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, io};
 
 use async_trait::async_trait;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use tokio::time::{MissedTickBehavior, interval, sleep};
 use uuid::Uuid;
 
-use super::domain::{DomainSpec, DomainState, Power, Reason, Reboot, Refusal, StepKind};
+use super::domain::{
+    Disk, DomainSpec, DomainState, GuestMetrics, ImageFormat, Medium, Power, Reason, Reboot, Refusal, StepKind,
+};
 use super::roster::{Feed, Roster};
-use super::{DomainIds, Features, Hypervisor, OpenError, Site};
+use super::saved::Saved;
+use super::{DomainIds, Features, Hypervisor, OpenError, Plugged, Site, Unplug};
 use crate::facts::unix_seconds;
 use crate::files::{self, Durability};
-use faults::Faults;
+pub(crate) use faults::Faults;
 
 /// How soon an order in `sim.toml` is seen without a step.
 const LOOK: Duration = Duration::from_millis(100);
 /// The longest a destroy waits for a start that is being given up.
 const GIVE_UP: Duration = Duration::from_secs(30);
+
+/// Where a simulated volume keeps a domain that was suspended to it.
+const SUSPENDED: &str = "suspended";
 
 /// The driver.
 #[derive(Debug)]
@@ -34,6 +43,16 @@ pub struct Sim {
     ids: DomainIds,
     faults: Faults,
     domains: PathBuf,
+    /// What each domain is made of, those included that are being built.
+    specs: Mutex<HashMap<Uuid, DomainSpec>>,
+}
+
+/// A domain on disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Kept {
+    state: DomainState,
+    #[serde(default)]
+    spec: DomainSpec,
 }
 
 impl Sim {
@@ -48,15 +67,20 @@ impl Sim {
         if !same_boot {
             files::replace(&boot, site.boot_id.as_bytes(), Durability::Process)?;
         }
+        let mut specs = HashMap::new();
         for entry in fs::read_dir(&domains)? {
             let path = entry?.path();
-            match fs::read(&path).ok().and_then(|content| serde_json::from_slice::<DomainState>(&content).ok()) {
-                Some(state) if same_boot => roster.adopt(state),
+            match fs::read(&path).ok().and_then(|content| serde_json::from_slice::<Kept>(&content).ok()) {
+                Some(Kept { state, spec }) if same_boot => {
+                    specs.insert(state.vm, spec);
+                    roster.adopt(state);
+                }
                 _ => fs::remove_file(&path)?,
             }
         }
         let ids = DomainIds::open(state_dir, &site.boot_id)?;
-        let sim = Arc::new(Self { roster, ids, faults: Faults::open(state_dir), domains });
+        let faults = Faults::open(state_dir, "sim");
+        let sim = Arc::new(Self { roster, ids, faults, domains, specs: Mutex::new(specs) });
         sim.carry_out_orders();
         let (watching, shutdown) = (Arc::clone(&sim), site.shutdown);
         site.tasks.spawn(async move {
@@ -103,11 +127,14 @@ impl Sim {
 
     /// The loss of power ends the domain anyway, so page cache is enough.
     fn keep(&self, state: &DomainState) -> io::Result<()> {
-        files::replace(&self.path(state.vm), &serde_json::to_vec(state)?, Durability::Process)
+        let spec = self.specs.lock().get(&state.vm).cloned().unwrap_or_default();
+        let kept = Kept { state: state.clone(), spec };
+        files::replace(&self.path(state.vm), &serde_json::to_vec(&kept)?, Durability::Process)
     }
 
     fn forget(&self, last: &DomainState) {
         let _ = fs::remove_file(self.path(last.vm));
+        self.specs.lock().remove(&last.vm);
         self.roster.remove(last.clone());
     }
 
@@ -119,16 +146,84 @@ impl Sim {
         by: &str,
         change: impl FnOnce(&mut DomainState) + Send,
     ) -> Result<DomainState, Refusal> {
+        let apply = |state: &mut DomainState, _: &mut DomainSpec| {
+            change(state);
+            Ok(())
+        };
+        self.change_machine(vm, step, by, apply).await
+    }
+
+    /// A step that makes it another machine, too.
+    async fn change_machine(
+        &self,
+        vm: Uuid,
+        step: StepKind,
+        by: &str,
+        change: impl FnOnce(&mut DomainState, &mut DomainSpec) -> Result<(), Refusal> + Send,
+    ) -> Result<DomainState, Refusal> {
         self.living(vm, step, false)?;
         self.begin(step).await?;
         // The delay is over: the domain may be another by now.
         let mut state = self.living(vm, step, false)?;
-        change(&mut state);
+        let mut spec = self.specs.lock().get(&vm).cloned().unwrap_or_default();
+        change(&mut state, &mut spec)?;
+        state.disks = vbds(&spec);
+        self.specs.lock().insert(vm, spec);
         state.last_operation = by.to_owned();
         state.reason.clear();
         self.keep(&state).map_err(Refusal::failed)?;
         self.roster.publish(state.clone());
         Ok(state)
+    }
+
+    async fn build(&self, spec: DomainSpec, paused: bool, step: StepKind, by: &str) -> Result<DomainState, Refusal> {
+        if spec.memory() == 0 {
+            return Err(Refusal::new(Reason::BootFailed, "a domain needs memory"));
+        }
+        let reservation = self.roster.reserve(spec.vm, spec.memory())?;
+        let vm = spec.vm;
+        self.specs.lock().insert(vm, spec.clone());
+        let built = async {
+            tokio::select! {
+                began = self.begin(step) => began?,
+                () = reservation.cancelled() => return Err(Refusal::failed("destroyed while it was being built")),
+            }
+            // Guests here have a balloon from their first instruction.
+            let state = DomainState {
+                power: if paused { Power::Paused } else { Power::Running },
+                domid: self.ids.next().map_err(Refusal::failed)?,
+                memory_actual: spec.target(),
+                memory_target: spec.target(),
+                start_time: unix_seconds(),
+                generation: spec.generation,
+                disks: vbds(&spec),
+                guest: Some(metrics(&spec)),
+                ..DomainState::halted(vm, by, "")
+            };
+            self.keep(&state).map_err(Refusal::failed)?;
+            Ok(state)
+        };
+        match built.await {
+            Ok(state) => {
+                reservation.settle(state.clone());
+                Ok(state)
+            }
+            Err(refusal) => {
+                self.specs.lock().remove(&vm);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Work on an image that is in use: here only its name changes.
+    fn with_disk(&self, vm: Uuid, vbd: &str, change: impl FnOnce(&mut Disk)) -> Result<(), Refusal> {
+        let state = self.roster.get(vm).ok_or_else(|| Refusal::no_such_domain(vm))?;
+        {
+            let mut specs = self.specs.lock();
+            let disks = specs.get_mut(&vm).map(|spec| spec.disks.as_mut_slice()).unwrap_or_default();
+            change(disk_of(disks, vbd)?);
+        }
+        self.keep(&state).map_err(Refusal::failed)
     }
 
     /// The guest is asked and obeys, or time is up. Gives the last state, if it went otherwise meanwhile.
@@ -179,25 +274,7 @@ impl Hypervisor for Sim {
     }
 
     async fn start(&self, spec: DomainSpec, paused: bool, by: &str) -> Result<DomainState, Refusal> {
-        if spec.memory() == 0 {
-            return Err(Refusal::new(Reason::BootFailed, "a domain needs memory"));
-        }
-        let reservation = self.roster.reserve(spec.vm, spec.memory())?;
-        tokio::select! {
-            began = self.begin(StepKind::Start) => began?,
-            () = reservation.cancelled() => return Err(Refusal::failed("destroyed while it was being built")),
-        }
-        let state = DomainState {
-            power: if paused { Power::Paused } else { Power::Running },
-            domid: self.ids.next().map_err(Refusal::failed)?,
-            memory_actual: spec.memory(),
-            start_time: unix_seconds(),
-            generation: spec.generation,
-            ..DomainState::halted(spec.vm, by, "")
-        };
-        self.keep(&state).map_err(Refusal::failed)?;
-        reservation.settle(state.clone());
-        Ok(state)
+        self.build(spec, paused, StepKind::Start, by).await
     }
 
     async fn destroy(&self, vm: Uuid, by: &str) -> Result<DomainState, Refusal> {
@@ -236,7 +313,8 @@ impl Hypervisor for Sim {
         if reboot.clean && self.guest_obeys(vm, state.domid, reboot.limit).await?.is_some() {
             return Err(Refusal::failed("the domain has ended meanwhile"));
         }
-        let again = reboot.spec.filter(|spec| spec.memory() != state.memory_actual);
+        let now = self.specs.lock().get(&vm).cloned().unwrap_or_default();
+        let again = reboot.spec.filter(|spec| !spec.same_machine(&now));
         if let Some(spec) = again {
             self.forget(&state.gone(Power::Halted, by, "guest-shutdown"));
             return self.start(spec, false, by).await;
@@ -246,5 +324,203 @@ impl Hypervisor for Sim {
             state.start_time = unix_seconds();
         })
         .await
+    }
+
+    async fn suspend(&self, vm: Uuid, into: &Path, keep_running: bool, by: &str) -> Result<DomainState, Refusal> {
+        let done_before = |saved: Saved| saved.vm == vm && saved.by == by;
+        if self.roster.get(vm).is_none() && suspended(into).is_ok_and(done_before) {
+            return Ok(DomainState::halted(vm, by, "suspended"));
+        }
+        self.living(vm, StepKind::Suspend, false)?;
+        volume(into)?;
+        self.begin(StepKind::Suspend).await?;
+        let state = self.living(vm, StepKind::Suspend, false)?;
+        let spec = self.specs.lock().get(&vm).cloned().unwrap_or_default();
+        let saved = Saved {
+            memory: spec.memory(),
+            memory_actual: state.memory_actual,
+            memory_target: state.memory_target,
+            vcpus: spec.vcpus_at_startup,
+            ..Saved::new("sim", env!("CARGO_PKG_VERSION"), vm, by)
+        };
+        let mut content = volume(into)?;
+        content.insert(SUSPENDED.to_owned(), serde_json::to_value(saved).map_err(Refusal::failed)?);
+        let content = serde_json::to_vec(&content).map_err(Refusal::failed)?;
+        files::replace(into, &content, Durability::Process).map_err(Refusal::failed)?;
+        if keep_running {
+            let mut state = self.living(vm, StepKind::Suspend, false)?;
+            by.clone_into(&mut state.last_operation);
+            self.keep(&state).map_err(Refusal::failed)?;
+            self.roster.publish(state.clone());
+            return Ok(state);
+        }
+        let last = state.gone(Power::Halted, by, "suspended");
+        self.forget(&last);
+        Ok(last)
+    }
+
+    async fn resume(&self, mut spec: DomainSpec, from: &Path, paused: bool, by: &str) -> Result<DomainState, Refusal> {
+        let saved = suspended(from)?;
+        if saved.vm != spec.vm {
+            return Err(Refusal::new(Reason::Damaged, format!("{} is of VM {}", from.display(), saved.vm)));
+        }
+        spec.memory_static_max = saved.memory;
+        spec.memory_target = saved.memory_target;
+        spec.vcpus_at_startup = saved.vcpus;
+        self.build(spec, paused, StepKind::Resume, by).await
+    }
+
+    async fn set_memory_target(&self, vm: Uuid, bytes: u64, by: &str) -> Result<DomainState, Refusal> {
+        let step = StepKind::MemoryTarget;
+        let roster = &self.roster;
+        let change = |state: &mut DomainState, spec: &mut DomainSpec| {
+            let target = DomainSpec { memory_target: bytes, ..spec.clone() }.target();
+            if target > spec.memory() {
+                let detail = format!("the domain was built for {} bytes", spec.memory());
+                return Err(Refusal::new(Reason::Unsupported, detail));
+            }
+            roster.retarget(vm, target)?;
+            spec.memory_target = bytes;
+            (state.memory_target, state.memory_actual) = (target, target);
+            Ok(())
+        };
+        self.change_machine(vm, step, by, change).await
+    }
+
+    async fn set_vcpus(&self, vm: Uuid, number: u32, by: &str) -> Result<DomainState, Refusal> {
+        let change = |_: &mut DomainState, spec: &mut DomainSpec| {
+            if number == 0 || number > spec.vcpus_max.max(spec.vcpus_at_startup) {
+                let detail = format!("the domain was built for 1 to {} vCPUs", spec.vcpus_max);
+                return Err(Refusal::new(Reason::Unsupported, detail));
+            }
+            spec.vcpus_at_startup = number;
+            Ok(())
+        };
+        self.change_machine(vm, StepKind::Vcpus, by, change).await
+    }
+
+    async fn send_sysrq(&self, vm: Uuid, letter: char, by: &str) -> Result<DomainState, Refusal> {
+        if !letter.is_ascii_alphanumeric() {
+            return Err(Refusal::new(Reason::Unsupported, format!("no key is {letter:?}")));
+        }
+        self.change(vm, StepKind::Keys, by, |_| {}).await
+    }
+
+    async fn plug_disk(&self, vm: Uuid, disk: Disk, by: &str) -> Result<DomainState, Refusal> {
+        let change = |_: &mut DomainState, spec: &mut DomainSpec| {
+            if disk_of(&mut spec.disks, &disk.vbd).is_ok() {
+                return Ok(());
+            }
+            if disk.cdrom {
+                return Err(Refusal::new(Reason::Unsupported, "a CD drive comes with its domain"));
+            }
+            if disk.path.is_empty() {
+                return Err(Refusal::new(Reason::NoSuchVolume, "a disk needs an image"));
+            }
+            spec.disks.push(disk);
+            Ok(())
+        };
+        self.change_machine(vm, StepKind::PlugDisk, by, change).await
+    }
+
+    async fn unplug_disk(&self, vm: Uuid, vbd: &str, how: Unplug, by: &str) -> Result<DomainState, Refusal> {
+        let state = self.living(vm, StepKind::UnplugDisk, false)?;
+        let drive =
+            self.specs.lock().get_mut(&vm).is_some_and(|spec| disk_of(&mut spec.disks, vbd).is_ok_and(|it| it.cdrom));
+        let there = state.disks.iter().any(|disk| disk == vbd) && !drive;
+        // A guest that stands still lets go of nothing.
+        if there && !how.force && (state.power == Power::Paused || self.faults.obeys_after().is_none()) {
+            sleep(how.limit).await;
+            let detail = format!("the guest did not obey within {} ms", how.limit.as_millis());
+            return Err(Refusal::new(Reason::TimedOut, detail));
+        }
+        let change = |_: &mut DomainState, spec: &mut DomainSpec| {
+            if disk_of(&mut spec.disks, vbd).is_ok_and(|disk| disk.cdrom) {
+                return Err(Refusal::new(Reason::Unsupported, "a CD drive goes with its domain"));
+            }
+            spec.disks.retain(|disk| disk.vbd != vbd);
+            Ok(())
+        };
+        self.change_machine(vm, StepKind::UnplugDisk, by, change).await
+    }
+
+    async fn change_medium(
+        &self,
+        vm: Uuid,
+        vbd: &str,
+        medium: Option<Medium>,
+        by: &str,
+    ) -> Result<DomainState, Refusal> {
+        let change = |_: &mut DomainState, spec: &mut DomainSpec| {
+            let disk = disk_of(&mut spec.disks, vbd)?;
+            if !disk.cdrom {
+                return Err(Refusal::new(Reason::Unsupported, "only a CD drive changes its medium"));
+            }
+            *disk = disk.with(medium.as_ref());
+            Ok(())
+        };
+        self.change_machine(vm, StepKind::Medium, by, change).await
+    }
+
+    fn plugged(&self) -> Vec<Plugged> {
+        let specs = self.specs.lock();
+        let disks = specs.iter().flat_map(|(vm, spec)| spec.disks.iter().map(|disk| (*vm, disk.clone())));
+        disks.map(|(vm, disk)| Plugged { vm, disk }).collect()
+    }
+
+    async fn relink_disk(&self, vm: Uuid, vbd: &str, overlay: &Path) -> Result<(), Refusal> {
+        let path = overlay.to_str().ok_or_else(|| Refusal::failed("a path that is no text"))?.to_owned();
+        self.with_disk(vm, vbd, |disk| (disk.path, disk.format) = (path, ImageFormat::Qcow2))
+    }
+
+    async fn resize_disk(&self, vm: Uuid, vbd: &str, _bytes: u64) -> Result<(), Refusal> {
+        self.with_disk(vm, vbd, |_| {})
+    }
+
+    async fn join_disk(&self, vm: Uuid, vbd: &str, _base: Option<&Path>) -> Result<(), Refusal> {
+        self.with_disk(vm, vbd, |_| {})
+    }
+}
+
+/// A simulated volume is a record; a domain that is suspended to it is a field of that.
+fn volume(path: &Path) -> Result<serde_json::Map<String, serde_json::Value>, Refusal> {
+    let content = fs::read(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Refusal::new(Reason::NoSuchVolume, path.display().to_string()),
+        _ => Refusal::failed(error),
+    })?;
+    serde_json::from_slice(&content).map_err(|error| Refusal::new(Reason::Damaged, error.to_string()))
+}
+
+fn suspended(path: &Path) -> Result<Saved, Refusal> {
+    let saved = volume(path)?.remove(SUSPENDED).and_then(|saved| serde_json::from_value(saved).ok());
+    saved.ok_or_else(|| Refusal::new(Reason::Damaged, format!("{} holds no suspended domain", path.display())))
+}
+
+fn vbds(spec: &DomainSpec) -> Vec<String> {
+    spec.disks.iter().map(|disk| disk.vbd.clone()).collect()
+}
+
+fn disk_of<'a>(disks: &'a mut [Disk], vbd: &str) -> Result<&'a mut Disk, Refusal> {
+    let disk = disks.iter_mut().find(|disk| disk.vbd == vbd);
+    disk.ok_or_else(|| Refusal::new(Reason::NoSuchDisk, vbd))
+}
+
+/// What a simulated guest says of itself.
+fn metrics(spec: &DomainSpec) -> GuestMetrics {
+    let map = |pairs: &[(&str, &str)]| pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+    let features =
+        ["feature-shutdown", "feature-poweroff", "feature-reboot", "feature-suspend", "feature-vcpu-hotplug"];
+    let networks = spec.vifs.iter().enumerate().map(|(position, vif)| {
+        let number: usize = vif.device.parse().unwrap_or(position);
+        (format!("{number}/ip"), format!("10.0.{number}.15"))
+    });
+    GuestMetrics {
+        os_version: map(&[("name", "Simulated guest"), ("distro", "sim"), ("major", "1"), ("minor", "0")]),
+        pv_drivers_version: map(&[("major", "1"), ("minor", "0"), ("micro", "0"), ("build", "0")]),
+        networks: networks.collect(),
+        other: features.map(|feature| (feature.to_owned(), "1".to_owned())).into(),
+        agent_live: true,
+        can_balloon: true,
+        can_plug_disks: true,
     }
 }

@@ -1,0 +1,199 @@
+//! One step: what it is, how it is sent to an agent, and how it is undone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use datamodel::fields::member;
+use datamodel::{ApiError, Host, Member, OpaqueRef, Pool, Ref, errors};
+use proto::Message as _;
+use proto::agent::step::Action;
+use proto::agent::{Refusal, Step};
+use raft_store::State;
+
+use super::journal::Journal;
+use super::{CLEAN_LIMIT, STEP_LIMIT};
+use crate::agent::{AgentError, Performed};
+use crate::controller::Shared;
+use crate::failure::Failure;
+
+/// A copy of all bytes of a disk, or a guest's memory, has this long.
+const LONG_LIMIT: Duration = Duration::from_secs(6 * 3600);
+/// A lost answer is asked for again this often.
+const ASKED_AGAIN: u32 = 5;
+const ASK_AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// The number of the step that undoes step 0; an agent does both once.
+const UNDOING: u32 = 1000;
+
+/// A step of an operation. Its number is its place in the plan.
+#[derive(Debug, Clone)]
+pub(crate) struct Planned {
+    pub(crate) host: Ref<Host>,
+    /// The uuid of what it is about: a VM, an SR or a VDI.
+    pub(crate) subject: String,
+    pub(crate) action: Action,
+    /// An answer that takes longer is taken for lost, and asked for again.
+    pub(crate) limit: Duration,
+    /// How it is undone, if a later step fails.
+    pub(crate) undo: Option<Undo>,
+    /// The operation goes on when the agent refuses it.
+    pub(crate) may_fail: bool,
+    /// It is undone only where it is known to be done.
+    pub(super) undone_if_known: bool,
+}
+
+impl Planned {
+    /// A step that need not be undone.
+    pub(crate) fn new(host: Ref<Host>, subject: impl Into<String>, action: Action) -> Self {
+        let limit = limit(&action);
+        Self { host, subject: subject.into(), action, limit, undo: None, may_fail: false, undone_if_known: false }
+    }
+
+    /// It is undone by this, on the same host.
+    #[must_use]
+    pub(crate) fn undone_by(mut self, action: Action) -> Self {
+        self.undo = Some(Undo { host: self.host, subject: self.subject.clone(), action });
+        self
+    }
+
+    /// Undoing it where it was not done would do harm.
+    #[must_use]
+    pub(crate) const fn undone_if_known(mut self) -> Self {
+        self.undone_if_known = true;
+        self
+    }
+
+    /// Its failure is no failure of the operation.
+    #[must_use]
+    pub(crate) const fn may_fail(mut self) -> Self {
+        self.may_fail = true;
+        self
+    }
+}
+
+fn limit(action: &Action) -> Duration {
+    match action {
+        Action::Shutdown(_) | Action::Reboot(_) => CLEAN_LIMIT + STEP_LIMIT,
+        Action::CopyVolume(_) | Action::Suspend(_) | Action::Resume(_) | Action::ScanStore(_) => LONG_LIMIT,
+        Action::UnplugDisk(unplug) => STEP_LIMIT + Duration::from_millis(unplug.timeout_ms),
+        _ => STEP_LIMIT,
+    }
+}
+
+/// What undoes a step.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Undo {
+    pub(crate) host: Ref<Host>,
+    pub(crate) subject: String,
+    pub(crate) action: Action,
+}
+
+impl Undo {
+    /// As it stands in the journal: a step that says whose it is where the pool stands otherwise.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let step = Step {
+            pool: self.host.to_string(),
+            vm: self.subject.clone(),
+            action: Some(self.action.clone()),
+            ..Step::default()
+        };
+        step.encode_to_vec()
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let step = Step::decode(bytes).ok()?;
+        let host: OpaqueRef = step.pool.parse().ok()?;
+        Some(Self { host: Ref::from_opaque(host), subject: step.vm, action: step.action? })
+    }
+}
+
+/// Why a step came to nothing.
+#[derive(Debug)]
+pub(super) enum StepError {
+    /// The agent said no: nothing was done.
+    Refused(Box<Refusal>),
+    /// It was not reached: nothing was done.
+    NotReached(ApiError),
+    /// Its answer was lost: it may have been done.
+    Lost(ApiError),
+    /// This node does not lead any more.
+    NotLeader,
+}
+
+impl From<Failure> for StepError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Api(error) => Self::NotReached(error),
+            Failure::NotLeader | Failure::Repeated => Self::NotLeader,
+        }
+    }
+}
+
+/// Does a step of an operation.
+pub(super) async fn perform(shared: &Arc<Shared>, journal: &Journal, step: &Planned) -> Result<Performed, StepError> {
+    ask(shared, &journal.uuid, journal.position(), step.host, &step.subject, &step.action, step.limit).await
+}
+
+/// Undoes one.
+pub(super) async fn undo(
+    shared: &Arc<Shared>,
+    journal: &Journal,
+    number: u32,
+    undo: &Undo,
+) -> Result<Performed, StepError> {
+    let (number, limit) = (number.saturating_add(UNDOING), limit(&undo.action));
+    ask(shared, &journal.uuid, number, undo.host, &undo.subject, &undo.action, limit).await
+}
+
+/// Where the agent of a host is.
+fn address(state: &State, host_ref: Ref<Host>) -> Option<String> {
+    let row = state.all::<Member>().find(|row| row.get(member::HOST) == host_ref)?;
+    Some(row.get(member::AGENT_ADDRESS))
+}
+
+async fn ask(
+    shared: &Arc<Shared>,
+    operation: &str,
+    number: u32,
+    host_ref: Ref<Host>,
+    subject: &str,
+    action: &Action,
+    limit: Duration,
+) -> Result<Performed, StepError> {
+    let state = shared.store.read().await.map_err(|_| StepError::NotLeader)?;
+    let offline = || errors::host_offline(host_ref);
+    let pool = state.all::<Pool>().next().map(|row| row.uuid().to_owned()).unwrap_or_default();
+    let address = address(&state, host_ref).ok_or_else(|| StepError::NotReached(offline()))?;
+    let agent = shared.agents.at(&address).map_err(|_| StepError::NotReached(offline()))?;
+    let mut unknown = 0;
+    loop {
+        let epoch = shared.epoch().ok_or(StepError::NotLeader)?;
+        let step = Step {
+            pool: pool.clone(),
+            epoch: epoch.0,
+            operation: operation.to_owned(),
+            vm: subject.to_owned(),
+            traceparent: String::new(),
+            number,
+            action: Some(action.clone()),
+        };
+        match agent.perform(step, limit).await {
+            Ok(performed) => return Ok(performed),
+            Err(AgentError::Refused(refusal)) => return Err(StepError::Refused(Box::new(refusal))),
+            Err(AgentError::Unreachable(reason)) => {
+                tracing::warn!(host = %host_ref, reason, "the agent is not reached");
+                // What was asked before it went away may have been done.
+                let error = if unknown == 0 { StepError::NotReached } else { StepError::Lost };
+                return Err(error(offline()));
+            }
+            Err(AgentError::Unknown(reason)) => {
+                // Asking again is safe: the agent does a step once. The reconciler tells when the host is gone for good.
+                unknown += 1;
+                tracing::warn!(host = %host_ref, reason, "the agent's answer is lost; asking again");
+                if unknown >= ASKED_AGAIN {
+                    return Err(StepError::Lost(offline()));
+                }
+                tokio::time::sleep(ASK_AGAIN_AFTER).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! Operations of several steps, when a step fails and when the master dies between any two of their doings.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use datamodel::enums::TaskStatusType;
+use datamodel::fields::{operation, sr, task, vdi, vm};
+use datamodel::{ClassKind, Input, Operation, Ref, Sr, Task, Vbd, Vdi, Vm};
+use proto::agent::refusal::Reason;
+use raft_store::State;
+
+use super::storage::record;
+use super::stores::Fault;
+use super::{Pool, reference, text};
+
+/// A VM with two disks.
+async fn with_two_disks(pool: &Pool, name: &str) -> Ref<Vm> {
+    let this = pool.vm(name).await;
+    for device in ["0", "1"] {
+        let disk = pool.disk(&format!("{name} {device}"), 1 << 20).await;
+        pool.drive(this, disk, device, "RW").await;
+    }
+    this
+}
+
+/// A template that asks for two disks.
+async fn template(pool: &Pool, name: &str) -> Ref<Vm> {
+    let blank = pool.store().state().by_name_label(Vm::ID, "Xenith guest").first().unwrap().reference;
+    let made = pool.ask("VM.clone", vec![text(blank.to_string()), text(name)]).await.unwrap();
+    let this: Ref<Vm> = Ref::from_opaque(reference(&made));
+    let sr = pool.of(pool.local()).await.uuid().to_owned();
+    let disk = |device: u32| {
+        format!("<disk device=\"{device}\" size=\"1048576\" sr=\"{sr}\" bootable=\"true\" type=\"system\"/>")
+    };
+    let asked = format!("<provision>{}{}</provision>", disk(0), disk(1));
+    let add = vec![text(this.to_string()), text("disks"), text(asked)];
+    pool.ask("VM.add_to_other_config", add).await.unwrap();
+    this
+}
+
+/// What a client can see of storage and VMs, and the operations behind it.
+fn seen(state: &State) -> (usize, usize, usize, usize) {
+    (state.count(Vm::ID), state.count(Vdi::ID), state.count(Vbd::ID), state.count(Operation::ID))
+}
+
+/// Nothing is marked as being under way.
+fn assert_at_rest(state: &State) {
+    for row in state.all::<Vm>() {
+        assert!(row.get(vm::CURRENT_OPERATIONS).is_empty(), "{}", row.name_label());
+    }
+    for row in state.all::<Sr>() {
+        assert!(row.get(sr::CURRENT_OPERATIONS).is_empty(), "{}", row.name_label());
+    }
+    for row in state.all::<Vdi>() {
+        assert!(row.get(vdi::CURRENT_OPERATIONS).is_empty(), "{}", row.name_label());
+    }
+}
+
+/// The volumes are those that have rows.
+fn assert_rows_are_images(pool: &Pool) {
+    let mut rows: Vec<String> = pool.store().state().all::<Vdi>().map(|row| row.uuid().to_owned()).collect();
+    rows.sort();
+    assert_eq!(pool.agent.stores.volumes(), rows);
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Doing {
+    Provision,
+    Clone,
+    Copy,
+    Snapshot,
+}
+
+const DOINGS: [Doing; 4] = [Doing::Provision, Doing::Clone, Doing::Copy, Doing::Snapshot];
+
+impl Doing {
+    async fn subject(self, pool: &Pool, name: &str) -> Ref<Vm> {
+        if self == Self::Provision { template(pool, name).await } else { with_two_disks(pool, name).await }
+    }
+
+    fn call(self, this: Ref<Vm>) -> (&'static str, Vec<Input>) {
+        let this = text(this.to_string());
+        match self {
+            Self::Provision => ("VM.provision", vec![this]),
+            Self::Clone => ("VM.clone", vec![this, text("made")]),
+            Self::Copy => ("VM.copy", vec![this, text("made"), text("OpaqueRef:NULL")]),
+            Self::Snapshot => ("VM.snapshot", vec![this, text("made"), Input::Array(Vec::new())]),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_step_fails_in_whatever_way_nothing_is_left_behind() {
+    let pool = Pool::start().await;
+    for doing in DOINGS {
+        for place in [1, 2] {
+            for fault in [Fault::Refused(Reason::NoSpace), Fault::Unreachable, Fault::Lost] {
+                let this = doing.subject(&pool, &format!("{doing:?} {place} {fault:?}")).await;
+                let before = seen(&pool.store().state());
+                pool.agent.stores.fail(place, fault);
+                let (method, arguments) = doing.call(this);
+                let refused = pool.refusal(method, arguments).await;
+                let expected = if fault == Fault::Refused(Reason::NoSpace) { "SR_FULL" } else { "HOST_OFFLINE" };
+                assert_eq!(refused[0], expected, "{doing:?}, step {place}, {fault:?}");
+                let state = pool.store().read().await.unwrap();
+                assert_eq!(seen(&state), before, "{doing:?}, step {place}, {fault:?}");
+                assert_at_rest(&state);
+                assert_rows_are_images(&pool);
+                assert_eq!(state.row(this).unwrap().get(vm::IS_A_TEMPLATE), doing == Doing::Provision);
+            }
+        }
+    }
+}
+
+async fn ended(pool: &Pool, task_ref: Ref<Task>) -> TaskStatusType {
+    pool.until(|state| state.row(task_ref).is_none_or(|row| row.get(task::STATUS) != TaskStatusType::Pending)).await;
+    pool.quiet().await;
+    pool.of(task_ref).await.get(task::STATUS)
+}
+
+/// Begins a call behind a task, and lets go of its operation after so many of its doings. Whether it came so far.
+async fn dies_after(pool: &Pool, doings: usize, method: &str, arguments: Vec<Input>) -> (Ref<Task>, bool) {
+    let dies = &pool.controller.shared.dies_after;
+    dies.store(doings, Ordering::SeqCst);
+    let task = pool.ask(&format!("Async.{method}"), arguments).await.unwrap();
+    let task_ref: Ref<Task> = Ref::from_opaque(reference(&task));
+    ended(pool, task_ref).await;
+    (task_ref, dies.swap(0, Ordering::SeqCst) == 0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_whose_master_dies_at_any_point_is_finished_by_the_next() {
+    let pool = Pool::start().await;
+    for doing in DOINGS {
+        for point in 1.. {
+            let this = doing.subject(&pool, &format!("{doing:?} {point}")).await;
+            let (disks, asked) = (pool.store().state().count(Vdi::ID), pool.agent.stores.asked().len());
+            let (method, arguments) = doing.call(this);
+            let (task_ref, died) = dies_after(&pool, point, method, arguments).await;
+            let row = pool.of(task_ref).await;
+            assert_eq!(
+                row.get(task::STATUS),
+                TaskStatusType::Success,
+                "{doing:?} at {point}: {:?}",
+                row.get(task::ERROR_INFO)
+            );
+            let state = pool.store().read().await.unwrap();
+            assert_eq!(state.count(Vdi::ID), disks + 2, "{doing:?} at {point}");
+            assert_eq!(pool.agent.stores.asked().len(), asked + 2, "each step once: {doing:?} at {point}");
+            assert_at_rest(&state);
+            assert_rows_are_images(&pool);
+            if !died {
+                assert!(point > 4, "the operation does more than {point} things");
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_whose_master_dies_while_it_is_undone_is_undone_by_the_next() {
+    let pool = Pool::start().await;
+    for point in 1.. {
+        let this = template(&pool, &format!("undone {point}")).await;
+        let before = seen(&pool.store().state());
+        pool.agent.stores.fail(2, Fault::Refused(Reason::NoSpace));
+        let (method, arguments) = Doing::Provision.call(this);
+        let (task_ref, died) = dies_after(&pool, point, method, arguments).await;
+        let row = pool.of(task_ref).await;
+        assert_eq!(row.get(task::STATUS), TaskStatusType::Failure, "at {point}");
+        assert_eq!(row.get(task::ERROR_INFO)[0], "SR_FULL", "at {point}");
+        let state = pool.store().read().await.unwrap();
+        assert_eq!(seen(&state), before, "at {point}");
+        assert_at_rest(&state);
+        assert_rows_are_images(&pool);
+        if !died {
+            break;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_undone_now_holds_nothing_and_is_undone_later() {
+    let pool = Pool::start().await;
+    let this = template(&pool, "owed").await;
+    pool.agent.stores.fail(2, Fault::Lost);
+    let (method, arguments) = Doing::Provision.call(this);
+    let cut = async {
+        // Between the loss of the second step's answer and its undoing.
+        while pool.agent.stores.volumes().len() < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        pool.agent.stores.cut(true);
+    };
+    let (refused, ()) = tokio::join!(pool.refusal(method, arguments), cut);
+    assert_eq!(refused[0], "HOST_OFFLINE");
+    let state = pool.store().read().await.unwrap();
+    assert_at_rest(&state);
+    assert_eq!(state.count(Operation::ID), 1, "the debt is written down");
+    let debt = state.all::<Operation>().next().unwrap().get(operation::TASK);
+    assert!(debt.is_null(), "nobody waits for it");
+    pool.agent.stores.cut(false);
+    pool.quiet().await;
+    assert!(pool.agent.stores.volumes().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_task_has_its_operation_undone_between_two_steps() {
+    let pool = Pool::start().await;
+    let this = with_two_disks(&pool, "cancelled").await;
+    let before = seen(&pool.store().state());
+    // The operation is let go of after its first step, as if the master had died, and cancelled before the next adopts it.
+    let (method, arguments) = Doing::Clone.call(this);
+    let shared = &pool.controller.shared;
+    shared.dies_after.store(2, Ordering::SeqCst);
+    let task_ref: Ref<Task> =
+        Ref::from_opaque(reference(&pool.ask(&format!("Async.{method}"), arguments).await.unwrap()));
+    pool.ask("task.cancel", vec![text(task_ref.to_string())]).await.unwrap();
+    let status = ended(&pool, task_ref).await;
+    let state = pool.store().read().await.unwrap();
+    assert_at_rest(&state);
+    assert_rows_are_images(&pool);
+    // It may have been too late; but never half.
+    match status {
+        TaskStatusType::Success => assert_eq!(state.count(Vdi::ID), before.1 + 2),
+        _ => assert_eq!(seen(&state), before),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_sr_that_cannot_be_plugged_is_not_made() {
+    let pool = Pool::start().await;
+    let host = pool.store().state().all::<datamodel::Host>().next().unwrap().reference.to_string();
+    let create = || {
+        let config = record(vec![("location", text("here"))]);
+        let (size, shared, sm_config) = (Input::Int(0), Input::Bool(false), Input::Struct(Vec::new()));
+        vec![text(host.clone()), config, size, text("mine"), text(""), text("file"), text("user"), shared, sm_config]
+    };
+    for (place, fault) in
+        [(1, Fault::Refused(Reason::BadConfig)), (2, Fault::Refused(Reason::NoSuchStore)), (2, Fault::Unreachable)]
+    {
+        let before = pool.store().state().count(Sr::ID);
+        pool.agent.stores.fail(place, fault);
+        pool.refusal("SR.create", create()).await;
+        assert_eq!(pool.store().state().count(Sr::ID), before);
+        assert!(pool.agent.stores.created().is_empty(), "step {place}, {fault:?}");
+        assert_eq!(pool.agent.stores.attached().len(), 2, "step {place}, {fault:?}");
+    }
+    for point in 1.. {
+        let before = pool.store().state().count(Sr::ID);
+        let (task_ref, died) = dies_after(&pool, point, "SR.create", create()).await;
+        assert_eq!(pool.of(task_ref).await.get(task::STATUS), TaskStatusType::Success, "at {point}");
+        assert_eq!(pool.store().state().count(Sr::ID), before + 1, "at {point}");
+        if !died {
+            break;
+        }
+    }
+}

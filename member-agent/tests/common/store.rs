@@ -1,0 +1,173 @@
+//! A host with a store, as the master sees it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use member_agent::StoreChoice;
+use proto::agent::refusal::Reason;
+use proto::agent::step::Action;
+use proto::agent::*;
+use uuid::Uuid;
+
+use super::{Client, Host, POOL, operation};
+
+/// A host with one store.
+pub struct Place {
+    pub host: Host,
+    pub client: Client,
+    pub store: Store,
+}
+
+pub type Did = Result<outcome::Result, Refusal>;
+
+impl Place {
+    /// A store of a driver that has to have a directory, in one of the host's own.
+    pub async fn of(driver: &str) -> Self {
+        let choice = if driver == "sim" { StoreChoice::Sim } else { StoreChoice::Real };
+        let host = Host::start_with("sim", |config| config.stores = choice).await;
+        let driver = if driver == "sim" { "file" } else { driver };
+        let config = HashMap::from([("location".to_owned(), "local".to_owned())]);
+        Self::on(host, driver, config).await
+    }
+
+    pub async fn on(host: Host, driver: &str, device_config: HashMap<String, String>) -> Self {
+        let client = host.client().await;
+        let store = Store { sr: Uuid::new_v4().to_string(), driver: driver.to_owned(), device_config };
+        Self { host, client, store }
+    }
+
+    pub async fn step_as(&mut self, operation: &str, number: u32, action: Action) -> Did {
+        let step = Step {
+            pool: POOL.to_owned(),
+            epoch: self.client.epoch,
+            operation: operation.to_owned(),
+            vm: self.store.sr.clone(),
+            traceparent: String::new(),
+            number,
+            action: Some(action),
+        };
+        match self.client.calls.perform(step).await.expect("call").into_inner().result.expect("outcome") {
+            outcome::Result::Refusal(refusal) => Err(refusal),
+            done => Ok(done),
+        }
+    }
+
+    pub async fn step(&mut self, action: Action) -> Did {
+        self.step_as(&operation(), 0, action).await
+    }
+
+    pub async fn store_step(&mut self, action: Action) -> Result<StoreState, Refusal> {
+        self.step(action).await.map(|done| match done {
+            outcome::Result::Store(state) => state,
+            other => panic!("a store, not {other:?}"),
+        })
+    }
+
+    pub async fn volume_step(&mut self, action: Action) -> Result<VolumeState, Refusal> {
+        self.step(action).await.map(|done| match done {
+            outcome::Result::Volume(state) => state,
+            other => panic!("a volume, not {other:?}"),
+        })
+    }
+
+    pub fn volume(&self, vdi: Uuid) -> Option<VolumeRef> {
+        Some(VolumeRef { store: Some(self.store.clone()), vdi: vdi.to_string(), location: String::new() })
+    }
+
+    pub fn attach(&self) -> Action {
+        Action::AttachStore(AttachStore { store: Some(self.store.clone()) })
+    }
+
+    pub fn create_of(&self, vdi: Uuid, virtual_size: u64, kind: &str) -> Action {
+        Action::CreateVolume(CreateVolume {
+            volume: self.volume(vdi),
+            virtual_size,
+            kind: kind.to_owned(),
+            sm_config: HashMap::new(),
+        })
+    }
+
+    pub fn destroy(&self, vdi: Uuid) -> Action {
+        Action::DestroyVolume(DestroyVolume { volume: self.volume(vdi) })
+    }
+
+    pub fn snapshot(&self, vdi: Uuid, into: Uuid) -> Action {
+        Action::SnapshotVolume(SnapshotVolume { volume: self.volume(vdi), into: into.to_string() })
+    }
+
+    pub fn clone_of(&self, vdi: Uuid, into: Uuid) -> Action {
+        Action::CloneVolume(CloneVolume { volume: self.volume(vdi), into: into.to_string() })
+    }
+
+    pub fn resize(&self, vdi: Uuid, virtual_size: u64) -> Action {
+        Action::ResizeVolume(ResizeVolume { volume: self.volume(vdi), virtual_size })
+    }
+
+    pub fn copy(&self, from: Uuid, into: Uuid) -> Action {
+        Action::CopyVolume(CopyVolume { from: self.volume(from), into: self.volume(into), base: None })
+    }
+
+    pub fn revert(&self, vdi: Uuid, snapshot: Uuid) -> Action {
+        Action::RevertVolume(RevertVolume { volume: self.volume(vdi), snapshot: self.volume(snapshot) })
+    }
+
+    pub async fn made(&mut self, size: u64) -> Uuid {
+        let vdi = Uuid::new_v4();
+        let create = self.create_of(vdi, size, "user");
+        self.volume_step(create).await.expect("made");
+        vdi
+    }
+
+    pub async fn scan(&mut self) -> StoreState {
+        let scan = Action::ScanStore(ScanStore { store: Some(self.store.clone()), known: Vec::new() });
+        self.store_step(scan).await.expect("scan")
+    }
+
+    pub async fn vdis(&mut self) -> BTreeSet<String> {
+        self.scan().await.volumes.into_iter().map(|volume| volume.vdi).collect()
+    }
+
+    /// Where the images are.
+    pub fn dir(&self) -> PathBuf {
+        self.host.config.state_dir.join("storage/local").join(&self.store.sr)
+    }
+
+    pub fn path(&self, vdi: Uuid) -> PathBuf {
+        self.dir().join(format!("{vdi}.qcow2"))
+    }
+
+    pub fn write(&self, vdi: Uuid, pattern: u8, range: &str) {
+        let command = format!("write -P {pattern} {range}");
+        ran(Command::new("qemu-io").args(["-f", "qcow2", "-c", &command]).arg(self.path(vdi)));
+    }
+
+    pub fn reads(&self, vdi: Uuid, pattern: u8, range: &str) -> bool {
+        let command = format!("read -P {pattern} {range}");
+        !ran(Command::new("qemu-io").args(["-r", "-f", "qcow2", "-c", &command]).arg(self.path(vdi)))
+            .contains("verification failed")
+    }
+
+    pub fn images(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.dir()).expect("list").filter_map(Result::ok).map(|entry| entry.path());
+        entries.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("image-")).collect()
+    }
+
+    pub fn all_clean(&self) {
+        for image in self.images().iter().filter(|image| image.extension().is_some_and(|it| it == "qcow2")) {
+            ran(Command::new("qemu-img").arg("check").arg(image));
+        }
+    }
+}
+
+pub fn ran(command: &mut Command) -> String {
+    let output = command.output().expect("runs");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{command:?}: {said}");
+    said
+}
+
+pub fn why<T: std::fmt::Debug>(did: Result<T, Refusal>) -> Reason {
+    did.expect_err("refused").reason()
+}
