@@ -6,7 +6,7 @@ use chaos_tests::lab::{Lab, What};
 use chaos_tests::stock::Stock;
 use serde_json::{Value, json};
 
-use crate::support::{SOON, other_master, until};
+use crate::support::{SOON, other_master, plugged, until};
 
 /// How long a client may take for one stage of its story.
 const STAGE: Duration = Duration::from_secs(60);
@@ -17,7 +17,7 @@ fn described(lab: &Lab) -> String {
     let made = lab.made();
     let hosts: Vec<_> =
         made.hosts.iter().map(|host| json!({"name": host.name, "address": host.address, "url": host.url})).collect();
-    json!({"user": made.user, "password": made.password, "hosts": hosts}).to_string()
+    json!({"user": made.user, "password": made.password, "hosts": hosts, "master": made.master}).to_string()
 }
 
 /// Every class was listed, and those have members that always do.
@@ -98,5 +98,18 @@ async fn xen_api_connects_lists_every_class_and_follows_the_master() {
     stock.go_on().await.unwrap();
     stock.did("return", STAGE).await.unwrap();
     stock.did("end", STAGE).await.unwrap();
+    stock.end(SOON).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sample_flows_of_the_documents_pass_with_xenapi_py_and_real_guests() {
+    let lab = Lab::up(1, "qemu").await.unwrap();
+    plugged(&mut lab.client().await.unwrap()).await;
+    let mut stock = Stock::python("sdk_flows.py", &[&described(&lab)]).await.unwrap();
+    let installed = stock.did("install", 3 * STAGE).await.unwrap();
+    assert!(!installed["os"].as_object().unwrap().is_empty(), "{installed}");
+    for flow in ["power-cycle", "asynchronous start", "watch all events"] {
+        stock.did(flow, 3 * STAGE).await.unwrap();
+    }
     stock.end(SOON).await.unwrap();
 }
