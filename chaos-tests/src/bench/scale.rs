@@ -58,10 +58,27 @@ pub struct Scale {
     pub catch_up: f64,
     /// The database fetched and put back.
     pub restored: Restored,
+    /// While every watcher follows every VM.
+    pub by_all: Watched,
+    /// While each watcher follows VMs of its own.
+    pub by_one: Watched,
+}
+
+/// Events while many watch.
+pub struct Watched {
     /// Milliseconds from the start of a write to its event at a watcher.
     pub events: Vec<f64>,
     /// Changes a second that the writers made meanwhile.
     pub changed: f64,
+}
+
+/// Whom watchers follow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Follow {
+    /// All VMs, as a client does that shows a whole pool.
+    All,
+    /// A few of those that change, as a client does that waits for its own.
+    Own,
 }
 
 const WRITERS: usize = 64;
@@ -105,7 +122,8 @@ pub async fn measure(program: &Path, dir: &Path, size: Size) -> anyhow::Result<S
     reader.abort();
 
     eprintln!("scale: {} watchers", size.watchers);
-    let (events, changed) = watched(&mut pool, size).await?;
+    let by_all = watched(&mut pool, size, Follow::All).await?;
+    let by_one = watched(&mut pool, size, Follow::Own).await?;
 
     let other = pool.lab().status().await?;
     let name = other.others().iter().find(|host| host.controller_pid.is_some()).context("no second copy")?.name.clone();
@@ -128,8 +146,8 @@ pub async fn measure(program: &Path, dir: &Path, size: Size) -> anyhow::Result<S
         restart,
         catch_up,
         restored,
-        events,
-        changed,
+        by_all,
+        by_one,
     })
 }
 
@@ -176,7 +194,7 @@ fn resident(pid: i32) -> anyhow::Result<u64> {
 }
 
 /// Changes VMs at a steady rate while watchers watch: every event's delay, and the rate that was kept.
-async fn watched(pool: &mut Pool, size: Size) -> anyhow::Result<(Vec<f64>, f64)> {
+async fn watched(pool: &mut Pool, size: Size, follow: Follow) -> anyhow::Result<Watched> {
     let token = pool.client().call("event.from", json!([["vm"], "", 0.0])).await?;
     let token = token["token"].as_str().context("event.from gave no token")?.to_owned();
     let wires = (pool.wires(size.watchers).await?, pool.wires(PACED).await?);
@@ -184,9 +202,15 @@ async fn watched(pool: &mut Pool, size: Size) -> anyhow::Result<(Vec<f64>, f64)>
     let counting = epoch + Duration::from_secs(2);
     let end = counting + Duration::from_secs_f64(size.seconds);
     let mut watchers = JoinSet::new();
-    for wire in wires.0 {
+    for (watcher, wire) in wires.0.into_iter().enumerate() {
         let wire = wire.keeping(8 << 20);
-        watchers.spawn(watch(wire, pool.session().to_owned(), token.clone(), epoch, counting, end));
+        let own = (watcher..CHANGING.min(size.vms)).step_by(size.watchers);
+        let classes = match follow {
+            Follow::All => vec!["vm".to_owned()],
+            Follow::Own => own.map(|place| Ok(format!("vm/{}", pool.vm(place)?))).collect::<anyhow::Result<_>>()?,
+        };
+        let watched = (pool.session().to_owned(), classes, token.clone());
+        watchers.spawn(watch(wire, watched, epoch, counting, end));
     }
     let mut writers = JoinSet::new();
     let pace = Duration::from_secs_f64(PACED as f64 / size.changes as f64);
@@ -204,7 +228,7 @@ async fn watched(pool: &mut Pool, size: Size) -> anyhow::Result<(Vec<f64>, f64)>
     while let Some(heard) = watchers.join_next().await {
         delays.extend(heard??);
     }
-    Ok((delays, changed as f64 / size.seconds))
+    Ok(Watched { events: delays, changed: changed as f64 / size.seconds })
 }
 
 /// Changes its VMs by turns, one every `pace`.
@@ -236,11 +260,10 @@ impl Paced {
     }
 }
 
-/// Follows every VM; the delays in ms of the events of writes that began in the counted time.
+/// Follows VMs; the delays in ms of the events of writes that began in the counted time.
 async fn watch(
     mut wire: Wire,
-    session: String,
-    mut token: String,
+    (session, classes, mut token): (String, Vec<String>, String),
     epoch: Instant,
     counting: Instant,
     end: Instant,
@@ -254,7 +277,7 @@ async fn watch(
         if Instant::now() >= end {
             return Ok(delays);
         }
-        let body = call("event.from", &json!([session, ["vm"], token, 1.0]));
+        let body = call("event.from", &json!([session, classes, token, 1.0]));
         let answer = timeout(ANSWER_LIMIT, wire.post(body.as_bytes())).await.context("a watcher waits in vain")??;
         let answer = answer.success()?;
         let now = Instant::now();
@@ -277,7 +300,7 @@ async fn watch(
     }
 }
 
-impl Scale {
+impl Watched {
     /// Milliseconds that this share of the events did not exceed.
     pub fn event(&self, share: f64) -> f64 {
         quantile(&self.events, share)
