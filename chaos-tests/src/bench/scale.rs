@@ -65,6 +65,7 @@ pub struct Scale {
 }
 
 /// Events while many watch.
+#[derive(Clone, Debug)]
 pub struct Watched {
     /// Milliseconds from the start of a write to its event at a watcher.
     pub events: Vec<f64>,
