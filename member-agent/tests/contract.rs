@@ -1,6 +1,7 @@
 //! What every hypervisor driver promises, put to each of them through the agent's own calls.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+#[macro_use]
 mod common;
 
 use std::time::Duration;
@@ -9,18 +10,6 @@ use common::*;
 use proto::agent::PowerState;
 use proto::agent::refusal::Reason;
 use uuid::Uuid;
-
-/// One suite, run against each driver; a test's name ends in the driver's.
-macro_rules! for_each_driver {
-    ($($promise:ident),+ $(,)?) => {
-        mod qemu {
-            $(#[tokio::test] async fn $promise() { super::$promise("qemu").await; })+
-        }
-        mod sim {
-            $(#[tokio::test] async fn $promise() { super::$promise("sim").await; })+
-        }
-    };
-}
 
 for_each_driver!(
     a_domain_goes_through_its_states_and_every_watcher_sees_them,

@@ -1,6 +1,7 @@
 //! The steps of disks, memory and suspended domains, as the master sends them: with volumes of a store, by each driver.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+#[macro_use]
 mod common;
 
 use std::collections::HashMap;
@@ -124,17 +125,6 @@ async fn steps_that_say_nothing_sensible_are_refused(driver: &str) {
         };
         assert_eq!(place.client.calls.perform(step).await.expect_err("senseless").code(), tonic::Code::InvalidArgument);
     }
-}
-
-macro_rules! for_each_driver {
-    ($($promise:ident),+ $(,)?) => {
-        mod qemu {
-            $(#[tokio::test] async fn $promise() { super::$promise("qemu").await; })+
-        }
-        mod sim {
-            $(#[tokio::test] async fn $promise() { super::$promise("sim").await; })+
-        }
-    };
 }
 
 for_each_driver!(

@@ -2,6 +2,7 @@
 //! do; and what only a real guest can show of it.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+#[macro_use]
 mod common;
 
 use std::fs::{self, File};
@@ -19,18 +20,6 @@ use member_agent::hypervisor::{self, Hypervisor, Site, Unplug};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
-
-/// One suite, run against each driver; a test's name ends in the driver's.
-macro_rules! for_each_driver {
-    ($($promise:ident),+ $(,)?) => {
-        mod qemu {
-            $(#[tokio::test] async fn $promise() { super::$promise("qemu").await; })+
-        }
-        mod sim {
-            $(#[tokio::test] async fn $promise() { super::$promise("sim").await; })+
-        }
-    };
-}
 
 for_each_driver!(
     a_disk_comes_to_a_domain_once_and_goes_once,

@@ -9,7 +9,7 @@ use raft_store::{NewRow, State, Transaction};
 use crate::controller::Shared;
 use crate::storage::plug_at_boot;
 
-/// What a driver of disk images can do.
+/// What a driver of disks can do: images at any time, whole logical volumes all but the last.
 const OF_IMAGES: &[&str] = &[
     "SR_PROBE",
     "SR_SCAN",
@@ -21,26 +21,14 @@ const OF_IMAGES: &[&str] = &[
     "VDI_CLONE",
     "VDI_SNAPSHOT",
     "VDI_RESIZE",
+    "VDI_UPDATE",
+    "VDI_INTRODUCE",
     "VDI_RESIZE_ONLINE",
-    "VDI_UPDATE",
-    "VDI_INTRODUCE",
 ];
-
-/// What a driver of whole logical volumes can do.
-const OF_VOLUMES: &[&str] = &[
-    "SR_PROBE",
-    "SR_SCAN",
-    "SR_UPDATE",
-    "VDI_CREATE",
-    "VDI_DELETE",
-    "VDI_ATTACH",
-    "VDI_DETACH",
-    "VDI_CLONE",
-    "VDI_SNAPSHOT",
-    "VDI_RESIZE",
-    "VDI_UPDATE",
-    "VDI_INTRODUCE",
-];
+const OF_VOLUMES: &[&str] = match OF_IMAGES.split_last() {
+    Some((_, rest)) => rest,
+    None => &[],
+};
 
 /// What a driver of what is simply there can do.
 const OF_MEDIA: &[&str] =

@@ -60,31 +60,47 @@ pub(crate) trait Store: Send + Sync {
     async fn scan(&self) -> Result<StoreState, Refusal>;
 
     /// Its sizes alone.
-    async fn sizes(&self) -> Result<StoreState, Refusal>;
+    async fn sizes(&self) -> Result<StoreState, Refusal> {
+        self.scan().await
+    }
 
     /// One volume.
     async fn volume(&self, location: &str) -> Result<VolumeState, Refusal>;
 
     /// What this driver calls the volume of a VDI when nobody has told; none: it does not choose names.
-    async fn location(&self, vdi: Uuid) -> Option<String>;
+    async fn location(&self, _vdi: Uuid) -> Option<String> {
+        None
+    }
 
     /// Makes an empty volume.
-    async fn create_volume(&self, new: &NewVolume) -> Result<VolumeState, Refusal>;
+    async fn create_volume(&self, _new: &NewVolume) -> Result<VolumeState, Refusal> {
+        unsupported(FIXED)
+    }
 
     /// The volume as of now under another name: a snapshot nobody may write to, or else a clone.
-    async fn branch(&self, location: &str, into: Uuid, snapshot: bool) -> Result<VolumeState, Refusal>;
+    async fn branch(&self, _location: &str, _into: Uuid, _snapshot: bool) -> Result<VolumeState, Refusal> {
+        unsupported(FIXED)
+    }
 
     /// Fills a volume, which is made if it is not there, with all bytes of an image.
-    async fn fill(&self, source: &Source, into: Uuid, location: &str) -> Result<VolumeState, Refusal>;
+    async fn fill(&self, _source: &Source, _into: Uuid, _location: &str) -> Result<VolumeState, Refusal> {
+        unsupported(FIXED)
+    }
 
     /// Makes a volume larger.
-    async fn resize(&self, location: &str, virtual_size: u64) -> Result<VolumeState, Refusal>;
+    async fn resize(&self, _location: &str, _virtual_size: u64) -> Result<VolumeState, Refusal> {
+        unsupported(FIXED)
+    }
 
     /// Removes a volume; one that is not there is a success.
-    async fn destroy_volume(&self, location: &str) -> Result<(), Refusal>;
+    async fn destroy_volume(&self, _location: &str) -> Result<(), Refusal> {
+        unsupported(FIXED)
+    }
 
     /// A volume becomes what a snapshot of it is.
-    async fn revert(&self, location: &str, snapshot: &str) -> Result<VolumeState, Refusal>;
+    async fn revert(&self, _location: &str, _snapshot: &str) -> Result<VolumeState, Refusal> {
+        unsupported(FIXED)
+    }
 
     /// Gives an image to be opened. What else comes is held until it has been opened, or given up.
     async fn open(&self, location: &str, access: Access) -> Result<Opened, Refusal>;
@@ -194,6 +210,9 @@ fn driver(spec: &StoreSpec, simulated: bool) -> Result<&'static Driver, Refusal>
 }
 
 /// This driver's volumes are what they are.
+/// Of a store that finds its volumes and makes none.
+const FIXED: &str = "the volumes of such a store are what they are";
+
 fn unsupported<T>(what: &str) -> Result<T, Refusal> {
     Err(Refusal::new(Reason::Unsupported, what))
 }

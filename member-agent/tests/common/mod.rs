@@ -4,6 +4,19 @@
 
 pub mod store;
 
+/// One suite, run against each driver; a test's name ends in the driver's.
+#[allow(unused_macros)]
+macro_rules! for_each_driver {
+    ($($promise:ident),+ $(,)?) => {
+        mod qemu {
+            $(#[tokio::test] async fn $promise() { super::$promise("qemu").await; })+
+        }
+        mod sim {
+            $(#[tokio::test] async fn $promise() { super::$promise("sim").await; })+
+        }
+    };
+}
+
 use std::collections::HashSet;
 use std::fs;
 use std::io::Write;

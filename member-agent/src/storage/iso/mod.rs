@@ -6,15 +6,12 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use nix::sys::statvfs::statvfs;
-use uuid::Uuid;
 
 use super::file::{Ground, Plain};
 use super::program::{apart, trouble};
-use super::words::{Access, BlockSource, NewVolume, Probed, StoreState, VolumeState};
-use super::{Opened, Place, Source, Store, unsupported};
+use super::words::{Access, BlockSource, Probed, StoreState, VolumeState};
+use super::{Opened, Place, Store, unsupported};
 use crate::step::{ImageFormat, Reason, Refusal};
-
-const FIXED: &str = "the images of an ISO store are what they are";
 
 struct Discs {
     place: Place,
@@ -112,41 +109,9 @@ impl Store for Discs {
         .await
     }
 
-    async fn sizes(&self) -> Result<StoreState, Refusal> {
-        self.scan().await
-    }
-
     async fn volume(&self, location: &str) -> Result<VolumeState, Refusal> {
         let (path, name) = (self.path(location)?, location.to_owned());
         apart(move || disc(&path).ok_or_else(|| Refusal::new(Reason::NoSuchVolume, name))).await
-    }
-
-    async fn location(&self, _vdi: Uuid) -> Option<String> {
-        None
-    }
-
-    async fn create_volume(&self, _new: &NewVolume) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn branch(&self, _location: &str, _into: Uuid, _snapshot: bool) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn fill(&self, _source: &Source, _into: Uuid, _location: &str) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn resize(&self, _location: &str, _virtual_size: u64) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn destroy_volume(&self, _location: &str) -> Result<(), Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn revert(&self, _location: &str, _snapshot: &str) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
     }
 
     async fn open(&self, location: &str, access: Access) -> Result<Opened, Refusal> {

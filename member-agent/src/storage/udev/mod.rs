@@ -6,14 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use uuid::Uuid;
 
 use super::program::apart;
-use super::words::{Access, BlockSource, NewVolume, Probed, StoreState, VolumeState};
-use super::{Opened, Place, Source, Store, unsupported};
+use super::words::{Access, BlockSource, Probed, StoreState, VolumeState};
+use super::{Opened, Place, Store, unsupported};
 use crate::step::{ImageFormat, Reason, Refusal};
-
-const FIXED: &str = "the host's drives are what they are";
 
 struct Drives {
     place: Place,
@@ -110,41 +107,9 @@ impl Store for Drives {
         })
     }
 
-    async fn sizes(&self) -> Result<StoreState, Refusal> {
-        self.scan().await
-    }
-
     async fn volume(&self, location: &str) -> Result<VolumeState, Refusal> {
         let none = || Refusal::new(Reason::NoSuchVolume, location);
         self.drives().await?.into_iter().find(|drive| drive.location == location).ok_or_else(none)
-    }
-
-    async fn location(&self, _vdi: Uuid) -> Option<String> {
-        None
-    }
-
-    async fn create_volume(&self, _new: &NewVolume) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn branch(&self, _location: &str, _into: Uuid, _snapshot: bool) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn fill(&self, _source: &Source, _into: Uuid, _location: &str) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn resize(&self, _location: &str, _virtual_size: u64) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn destroy_volume(&self, _location: &str) -> Result<(), Refusal> {
-        unsupported(FIXED)
-    }
-
-    async fn revert(&self, _location: &str, _snapshot: &str) -> Result<VolumeState, Refusal> {
-        unsupported(FIXED)
     }
 
     async fn open(&self, location: &str, access: Access) -> Result<Opened, Refusal> {
