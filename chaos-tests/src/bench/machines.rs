@@ -44,6 +44,7 @@ pub async fn starts(program: &Path, dir: &Path, hosts: u8, vms: usize, rounds: u
     let lab = Lab::with(program, dir, hosts, "sim", &["--replicas", "3", "--wait", "140"]).await?;
     let mut pool = Pool::over(lab).await?;
     pool.make_vms(vms).await?;
+    on_all(&pool, vms, "VM.provision", &[]).await?;
     let mut starts = Starts { hosts, clients: CLIENTS, ..Starts::default() };
     for _ in 0..rounds {
         let began = Instant::now();
