@@ -30,7 +30,7 @@ pub struct Disks {
     pub copied: u64,
     /// Seconds of `VDI.copy` into the same SR.
     pub copy: Vec<f64>,
-    /// Seconds of `qemu-img convert` of the same image, in the same directory.
+    /// Seconds of `qemu-img convert` of the same image, in the same directory, with a sync of what it made.
     pub convert: Vec<f64>,
 }
 
@@ -70,6 +70,8 @@ pub async fn measure(program: &Path, dir: &Path, rounds: usize, data: u64) -> an
         let mut convert = Command::new("qemu-img");
         convert.args(["convert", "-O", "qcow2"]).arg(&image).arg(&beside);
         run(&mut convert).await?;
+        // As the copy, which is told of when it is on the disk.
+        std::fs::File::open(&beside)?.sync_all()?;
         disks.convert.push(started.elapsed().as_secs_f64());
         std::fs::remove_file(&beside)?;
         let (copy, took) = timed(&mut client, "VDI.copy", json!([full, sr])).await?;

@@ -207,7 +207,7 @@ impl Real {
         writeln!(
             out,
             "\n## Disks\n\nThe `file` driver. Clone and snapshot of a sparse disk of 10 GiB, {} times each; copies of a disk with \
-             {} MiB of noise into the same SR, by turns with `qemu-img convert` of the same image.\n",
+             {} MiB of noise into the same SR, by turns with `qemu-img convert` of the same image; both are synced when they count as done.\n",
             disks.clone.len(),
             disks.copied >> 20,
         )?;
