@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::fields::{pbd, sr, vdi};
-use datamodel::{Pbd, Ref, Sr, Task, Vdi, errors, model};
+use datamodel::{Pbd, Ref, Sr, Vdi};
 use raft_store::{LogIndex, Row, State, Transaction};
 use tokio::time::Instant;
 
 use super::{PLUG_AT_BOOT, connected, pbd as connection, sr as store};
-use crate::call::{Call, Caller, Transport};
+use crate::call::Call;
 use crate::controller::Shared;
-use crate::failure::{Failure, Served, refuse};
+use crate::failure::{Failure, Served};
 use crate::membership::is_live;
 
 const LOOK: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 1_000 });
@@ -36,19 +36,7 @@ pub(crate) async fn keep(shared: &Arc<Shared>) {
 
 /// A call that the master makes itself.
 async fn own_call(shared: &Arc<Shared>, message: &str) -> Served<Call> {
-    let Some(message) = model().message(message) else {
-        return refuse(errors::internal_error("a message that the model does not have"));
-    };
-    let caller = Caller {
-        transport: Transport::Unix,
-        peer: None,
-        user_agent: String::new(),
-        originator: String::new(),
-        forwarded: false,
-        idempotency_key: None,
-    };
-    let state = shared.store.read().await?;
-    Ok(Call::new(Arc::clone(shared), state, Arc::new(caller), message, Ref::NULL, Ref::<Task>::NULL))
+    Call::of_the_pool(shared, shared.store.read().await?, message)
 }
 
 /// Connections that wait to be plugged, at hosts that are heard. One host's do not wait for another's.
