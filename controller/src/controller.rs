@@ -17,7 +17,9 @@ use crate::handlers::{self, Declined, Inquiry, Knock, Opened, Tunnel};
 use crate::in_hand::InHand;
 use crate::membership::emergency::LocalSessions;
 use crate::membership::{Standing, Surroundings, VoterPolicy, join, rotation, stranger, voters};
-use crate::{backup, dispatch, first_boot, operations, reconcile, repeats, schedules, sessions, storage, tasks};
+use crate::{
+    backup, dispatch, events, first_boot, operations, reconcile, repeats, schedules, sessions, storage, tasks,
+};
 
 /// What a controller is told when it starts.
 #[derive(Clone)]
@@ -64,6 +66,7 @@ pub(crate) struct Shared {
     /// Members change one at a time.
     pub(crate) admissions: tokio::sync::Mutex<()>,
     pub(crate) in_hand: InHand,
+    pub(crate) waiting: events::Waiting,
     /// Held while the database is being restored.
     pub(crate) restoring: tokio::sync::Mutex<()>,
     pub(crate) shutdown: CancellationToken,
@@ -100,7 +103,7 @@ impl Shared {
 }
 
 impl Controller {
-    /// A controller over an open store. `run` must be running for the master's chores to be done.
+    /// A controller over an open store. `run` must be running for the master's chores to be done and events to be told.
     #[must_use]
     pub fn new(
         store: Store,
@@ -121,6 +124,7 @@ impl Controller {
             parting: AtomicBool::new(false),
             admissions: tokio::sync::Mutex::new(()),
             in_hand: InHand::default(),
+            waiting: events::Waiting::default(),
             restoring: tokio::sync::Mutex::default(),
             shutdown,
             #[cfg(test)]
@@ -185,9 +189,10 @@ impl Controller {
         }
     }
 
-    /// Does the master's chores whenever this node leads, and hears when this host is to go, until shutdown.
+    /// Does the master's chores whenever this node leads, wakes who waits for events, and hears when this host is to go,
+    /// until shutdown.
     pub async fn run(&self) {
-        tokio::join!(self.lead(), async {
+        tokio::join!(self.lead(), events::follow(&self.shared), async {
             tokio::select! {
                 () = join::attend(&self.shared) => {}
                 () = self.shared.shutdown.cancelled() => {}

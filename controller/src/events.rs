@@ -3,6 +3,8 @@
 //! `event.from` answers with what changed since the token, one event for each object, as soon as it is
 //! committed. Since a token is a log index, it means the same on every host and survives every master.
 
+mod waiting;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +15,9 @@ use raft_store::{ChangeKind, CommitError, LogIndex, NewRow, Row, State};
 
 use crate::call::{Call, Event, EventBatch, Reply};
 use crate::failure::{Failure, Served, refuse};
+
+use self::waiting::Interest;
+pub(crate) use self::waiting::{Waiting, follow};
 
 /// Waiting longer than this for one answer serves nobody.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
@@ -89,6 +94,14 @@ impl Subscription {
         out
     }
 
+    /// What wakes who waits for it: what it wants, and the end of the session.
+    fn interests(&self, session: Ref<Session>) -> Vec<Interest> {
+        let classes = self.classes.iter().map(|class| Interest::Class(*class));
+        let objects = self.objects.iter().map(|(class, reference)| Interest::Object(*class, *reference));
+        let wanted = self.all.then_some(Interest::Everything).into_iter().chain(classes).chain(objects);
+        wanted.chain([Interest::Object(Session::ID, session.opaque())]).collect()
+    }
+
     fn wants(&self, class: ClassId, reference: OpaqueRef) -> bool {
         let def = class.def();
         def.emits_events && (self.all || self.classes.contains(&class) || self.objects.contains(&(class, reference)))
@@ -143,13 +156,14 @@ async fn wait(
     after: LogIndex,
     limit: Duration,
 ) -> Served<(Arc<State>, Vec<Event>)> {
-    let mut applied = call.shared.store.applied();
     let mut leadership = call.shared.store.leadership();
     let deadline = tokio::time::Instant::now() + limit;
     let mut scanned = after;
+    // ORDER: waiting first, then looking, or what happens between the two is told to nobody.
+    let waiter = call.shared.waiting.join(subscription.interests(call.session));
     loop {
-        applied.borrow_and_update();
         leadership.borrow_and_update();
+        let over = tokio::time::Instant::now() >= deadline;
         let state = call.shared.store.read().await?;
         if state.row(call.session).is_none() {
             return refuse(errors::session_invalid(call.session));
@@ -165,11 +179,15 @@ async fn wait(
                 return Ok((state, events));
             }
         }
+        if over {
+            return Ok((state, Vec::new()));
+        }
         scanned = scanned.max(state.applied);
         tokio::select! {
-            changed = applied.changed() => changed.map_err(|_| Failure::NotLeader)?,
+            () = waiter.woken() => {}
             changed = leadership.changed() => changed.map_err(|_| Failure::NotLeader)?,
-            () = tokio::time::sleep_until(deadline) => return Ok((state, Vec::new())),
+            // One last look: what is not wanted woke nobody, and the answer's token is of now.
+            () = tokio::time::sleep_until(deadline) => {}
             () = call.shared.shutdown.cancelled() => return Err(Failure::NotLeader),
         }
     }
