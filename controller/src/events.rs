@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::fields::registration;
-use datamodel::{ClassId, MessageDef, OpaqueRef, Ref, Registration, Session, Value, errors, model};
+use datamodel::{ClassId, ClassKind as _, MessageDef, OpaqueRef, Ref, Registration, Session, Value, errors, model};
 use raft_store::{ChangeKind, CommitError, LogIndex, NewRow, Row, State};
 
 use crate::call::{Call, Event, EventBatch, Reply};

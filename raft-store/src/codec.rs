@@ -58,16 +58,29 @@ pub(crate) fn reference(bytes: &[u8]) -> Result<OpaqueRef, DecodeError> {
     Uuid::from_slice(bytes).map(OpaqueRef::from_uuid).map_err(|_| DecodeError::BadValue)
 }
 
-pub(crate) fn class(name: &str) -> Result<ClassId, DecodeError> {
+/// Bytes that are to be text.
+fn text(bytes: &[u8]) -> Result<&str, DecodeError> {
+    std::str::from_utf8(bytes).map_err(|_| DecodeError::BadValue)
+}
+
+const fn name_bytes(name: &'static str) -> Bytes {
+    Bytes::from_static(name.as_bytes())
+}
+
+fn class_named(name: &str) -> Result<ClassId, DecodeError> {
     ClassId::named(name).ok_or_else(|| DecodeError::UnknownClass(name.to_owned()))
 }
 
-fn class_name(class: ClassId) -> String {
-    class.def().name.to_owned()
+pub(crate) fn class(name: &[u8]) -> Result<ClassId, DecodeError> {
+    class_named(text(name)?)
 }
 
-fn field_name(class: ClassId, field: u16) -> String {
-    class.def().field_def(field).map_or_else(String::new, |def| def.name.to_owned())
+pub(crate) fn class_name(class: ClassId) -> Bytes {
+    name_bytes(class.def().name)
+}
+
+fn field_name(class: ClassId, field: u16) -> &'static str {
+    class.def().field_def(field).map_or("", |def| def.name)
 }
 
 fn field(class: ClassId, name: &str) -> Result<(u16, &'static Type), DecodeError> {
@@ -80,12 +93,12 @@ fn field(class: ClassId, name: &str) -> Result<(u16, &'static Type), DecodeError
 fn value_to_wire(value: &Value) -> wire::Value {
     use wire::value::Kind;
     let kind = match value {
-        Value::Str(text) => Kind::Text(text.as_ref().to_owned()),
+        Value::Str(text) => Kind::Text(Bytes::copy_from_slice(text.as_bytes())),
         Value::Int(number) => Kind::Integer(*number),
         Value::Float(number) => Kind::Number(*number),
         Value::Bool(truth) => Kind::Truth(*truth),
         Value::Time(time) => Kind::Time(time.0),
-        Value::Enum(word) => Kind::Word((*word).to_owned()),
+        Value::Enum(word) => Kind::Word(name_bytes(word)),
         Value::Ref(reference) => Kind::Reference(reference_bytes(*reference)),
         Value::Set(members) => Kind::Set(wire::Values { values: members.iter().map(value_to_wire).collect() }),
         Value::Map(entries) => Kind::Map(wire::Entries {
@@ -107,13 +120,14 @@ fn value_from_wire(ty: &Type, value: wire::Value) -> Result<Value, DecodeError> 
     use wire::value::Kind;
     let ty = if let Type::Option(inner) = ty { inner } else { ty };
     Ok(match (ty, value.kind.ok_or(DecodeError::BadValue)?) {
-        (_, Kind::Text(text)) => Value::Str(text.into()),
+        (_, Kind::Text(bytes)) => Value::Str(text(&bytes)?.into()),
         (_, Kind::Integer(number)) => Value::Int(number),
         (_, Kind::Number(number)) => Value::Float(number),
         (_, Kind::Truth(truth)) => Value::Bool(truth),
         (_, Kind::Time(time)) => Value::Time(Timestamp(time)),
         (Type::Enum(words), Kind::Word(word)) => {
-            Value::Enum(words.word(&word).ok_or(DecodeError::UnknownWord(words.name, word))?)
+            let word = text(&word)?;
+            Value::Enum(words.word(word).ok_or_else(|| DecodeError::UnknownWord(words.name, word.to_owned()))?)
         }
         (_, Kind::Reference(bytes)) => Value::Ref(reference(&bytes)?),
         (Type::Set(element), Kind::Set(values)) => Value::Set(
@@ -151,7 +165,7 @@ fn map_value(ty: &Type) -> Option<&Type> {
 }
 
 fn named(class: ClassId, index: u16, value: &Value) -> wire::FieldValue {
-    wire::FieldValue { field: field_name(class, index), value: Some(value_to_wire(value)) }
+    wire::FieldValue { field: name_bytes(field_name(class, index)), value: Some(value_to_wire(value)) }
 }
 
 /// Transactions as one log payload.
@@ -217,11 +231,11 @@ fn expectation_from_wire(expectation: wire::Expectation) -> Result<Expectation, 
         What::Absent(_) => Expectation::Absent(class, reference),
         What::Unmodified(modified) => Expectation::Unmodified(class, reference, LogIndex(modified)),
         What::Value(entry) => {
-            let (index, ty) = field(class, &entry.field)?;
+            let (index, ty) = field(class, text(&entry.field)?)?;
             Expectation::Value(class, reference, index, value_from_wire(ty, entry.value.ok_or(DecodeError::BadValue)?)?)
         }
         What::KeyAbsent(entry) => {
-            let (index, ty) = field(class, &entry.field)?;
+            let (index, ty) = field(class, text(&entry.field)?)?;
             let key = value_from_wire(element(ty, map_key)?, entry.value.ok_or(DecodeError::BadValue)?)?;
             Expectation::KeyAbsent(class, reference, index, Key::from_value(key).ok_or(DecodeError::BadValue)?)
         }
@@ -233,7 +247,7 @@ fn expectation_from_wire(expectation: wire::Expectation) -> Result<Expectation, 
 fn write_to_wire(write: &Write) -> wire::Write {
     use wire::write::What;
     let entry = |class: ClassId, index: u16, key: &Key, value: Option<&Value>| wire::FieldEntry {
-        field: field_name(class, index),
+        field: name_bytes(field_name(class, index)),
         key: Some(value_to_wire(&key.to_value())),
         value: value.map(value_to_wire),
     };
@@ -268,18 +282,18 @@ fn write_from_wire(write: wire::Write) -> Result<Write, DecodeError> {
     let reference = reference(&write.reference)?;
     let bad = || DecodeError::BadValue;
     let member = |entry: wire::FieldValue| -> Result<(u16, Value), DecodeError> {
-        let (index, ty) = field(class, &entry.field)?;
+        let (index, ty) = field(class, text(&entry.field)?)?;
         Ok((index, value_from_wire(element(ty, set_element)?, entry.value.ok_or_else(bad)?)?))
     };
     let key = |entry: &mut wire::FieldEntry| -> Result<(u16, Key, &'static Type), DecodeError> {
-        let (index, ty) = field(class, &entry.field)?;
+        let (index, ty) = field(class, text(&entry.field)?)?;
         let key = value_from_wire(element(ty, map_key)?, entry.key.take().ok_or_else(bad)?)?;
         Ok((index, Key::from_value(key).ok_or_else(bad)?, ty))
     };
     Ok(match write.what.ok_or_else(bad)? {
         What::Insert(fields) => Write::Insert(class, reference, decode_fields(class, fields.fields)?),
         What::Set(entry) => {
-            let (index, ty) = field(class, &entry.field)?;
+            let (index, ty) = field(class, text(&entry.field)?)?;
             Write::Set(class, reference, index, value_from_wire(ty, entry.value.ok_or_else(bad)?)?)
         }
         What::AddToSet(entry) => {
@@ -306,20 +320,24 @@ fn write_from_wire(write: wire::Write) -> Result<Write, DecodeError> {
 }
 
 fn replacement_to_wire(replacement: &Replacement) -> wire::Replacement {
-    let kept = |class: ClassId, fields: &[u16]| fields.iter().map(|field| field_name(class, *field)).collect();
+    let kept =
+        |class: ClassId, fields: &[u16]| fields.iter().map(|field| field_name(class, *field).to_owned()).collect();
     wire::Replacement {
         stage: replacement.stage.clone(),
         parts: replacement.parts,
         classes: replacement
             .classes
             .iter()
-            .map(|(class, fields)| wire::ReplacedClass { class: class_name(*class), kept_fields: kept(*class, fields) })
+            .map(|(class, fields)| wire::ReplacedClass {
+                class: class.def().name.to_owned(),
+                kept_fields: kept(*class, fields),
+            })
             .collect(),
         keep: replacement
             .keep
             .iter()
             .map(|(class, reference)| wire::RowName {
-                class: class_name(*class),
+                class: class.def().name.to_owned(),
                 reference: reference_bytes(*reference),
             })
             .collect(),
@@ -328,11 +346,11 @@ fn replacement_to_wire(replacement: &Replacement) -> wire::Replacement {
 
 fn replacement_from_wire(replacement: wire::Replacement) -> Result<Replacement, DecodeError> {
     let classes = replacement.classes.into_iter().map(|replaced| {
-        let class = class(&replaced.class)?;
+        let class = class_named(&replaced.class)?;
         let kept = replaced.kept_fields.iter().map(|name| field(class, name).map(|(index, _)| index));
         Ok((class, kept.collect::<Result<_, _>>()?))
     });
-    let keep = replacement.keep.iter().map(|row| Ok((class(&row.class)?, reference(&row.reference)?)));
+    let keep = replacement.keep.iter().map(|row| Ok((class_named(&row.class)?, reference(&row.reference)?)));
     Ok(Replacement {
         stage: replacement.stage,
         parts: replacement.parts,
@@ -365,14 +383,19 @@ pub(crate) fn decode_staged(content: &str) -> Result<Vec<StagedRow>, DecodeError
     rows.collect()
 }
 
+/// Fields rest in the model's order: each is looked for where the last one was found, and only then by its name.
 fn decode_fields(class: ClassId, fields: Vec<wire::FieldValue>) -> Result<Vec<(u16, Value)>, DecodeError> {
-    fields
-        .into_iter()
-        .map(|entry| {
-            let (index, ty) = field(class, &entry.field)?;
-            Ok((index, value_from_wire(ty, entry.value.ok_or(DecodeError::BadValue)?)?))
-        })
-        .collect()
+    let mut out = Vec::with_capacity(fields.len());
+    let mut rest = class.def().fields.iter().zip(0..);
+    for entry in fields {
+        let name = text(&entry.field)?;
+        let found = match rest.find(|(def, _)| def.name == name) {
+            Some((def, index)) => (index, &def.ty),
+            None => field(class, name)?,
+        };
+        out.push((found.0, value_from_wire(found.1, entry.value.ok_or(DecodeError::BadValue)?)?));
+    }
+    Ok(out)
 }
 
 /// A row as it rests: without what equals the model's defaults.
@@ -380,12 +403,12 @@ pub(crate) fn row_to_wire(row: &Row) -> wire::StoredRow {
     let def = row.class.def();
     let fields = def.fields.iter().zip(row.values()).filter(|(field, value)| field.default != **value);
     wire::StoredRow {
-        class: def.name.to_owned(),
+        class: class_name(row.class),
         reference: reference_bytes(row.reference),
         created: row.created.0,
         modified: row.modified.0,
         fields: fields
-            .map(|(field, value)| wire::FieldValue { field: field.name.to_owned(), value: Some(value_to_wire(value)) })
+            .map(|(field, value)| wire::FieldValue { field: name_bytes(field.name), value: Some(value_to_wire(value)) })
             .collect(),
     }
 }
@@ -424,8 +447,8 @@ pub(crate) fn outcome_to_wire(
         transaction: Bytes::copy_from_slice(transaction.as_bytes()),
         sequence,
         index,
-        conflict: conflict.to_owned(),
-        class: class.to_owned(),
+        conflict: name_bytes(conflict),
+        class: name_bytes(class),
         reference: reference_bytes(reference),
     }
 }
@@ -440,7 +463,7 @@ pub(crate) fn outcome_from_wire(
     }
     let class = class(&stored.class)?.def().name;
     let reference = reference(&stored.reference)?;
-    let conflict = match stored.conflict.as_str() {
+    let conflict = match text(&stored.conflict)? {
         "missing" => Conflict::Missing(class, reference),
         "exists" => Conflict::Exists(class, reference),
         "changed" => Conflict::Changed(class, reference),

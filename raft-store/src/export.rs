@@ -11,7 +11,7 @@ use prost::Message;
 use proto::raft as wire;
 
 use crate::apply::{Dirty, apply};
-use crate::codec::{DecodeError, outcome_to_wire, row_to_wire};
+use crate::codec::{DecodeError, outcome_to_wire, row_from_wire, row_to_wire};
 use crate::disk::{Change, Column, Engine, OpenError, PURGED, Rocks, RowLoader, STATE, VOTE};
 use crate::machine::{head, row_key, tombstone_key, tombstone_to_wire};
 use crate::record;
@@ -33,10 +33,11 @@ pub fn encode_rows<'a>(rows: impl Iterator<Item = &'a Arc<Row>>) -> Vec<u8> {
 /// [`DecodeError`]: they are of a class or have a field that this version does not know, or are no rows at all.
 pub fn decode_rows(bytes: &[u8]) -> Result<State, DecodeError> {
     let batch = wire::RowBatch::decode(bytes)?;
-    let mut state = State::default();
-    let mut loader = RowLoader { state: &mut state };
-    batch.rows.into_iter().try_for_each(|row| loader.row(row))?;
-    Ok(state)
+    let mut loader = RowLoader::default();
+    for row in batch.rows {
+        loader.row(Arc::new(row_from_wire(row)?));
+    }
+    Ok(loader.finish())
 }
 
 /// The log of a pool that begins anew goes on so far behind the old one, that no index of the old pool's lost future is

@@ -24,7 +24,7 @@ use tokio::sync::{oneshot, watch};
 use uuid::Uuid;
 
 use crate::apply::{Dirty, apply, takes_long, trim_history};
-use crate::codec::{outcome_to_wire, row_to_wire};
+use crate::codec::{class_name, outcome_to_wire, row_to_wire};
 use crate::disk::{Change, Column, Job, STATE, Stored, Writer};
 use crate::offload;
 use crate::planted::Planted;
@@ -232,7 +232,7 @@ pub(crate) fn tombstone_key((index, class, reference): &ChangeKey) -> Vec<u8> {
 pub(crate) fn tombstone_to_wire(state: &State, key: &ChangeKey) -> Option<wire::StoredTombstone> {
     let tombstone = state.tombstones.get(key)?;
     Some(wire::StoredTombstone {
-        class: key.1.def().name.to_owned(),
+        class: class_name(key.1),
         reference: bytes::Bytes::copy_from_slice(key.2.bits().as_bytes()),
         index: key.0.0,
         created: tombstone.created.0,

@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use prost::Message;
 use proto::raft as wire;
-use raft_store::{Column, DiskChange, Engine, KeyValue, Memory, OpenError, Place, Promise};
+use raft_store::{Column, DiskChange, Engine, Memory, OpenError, Place, Promise, Scan};
 
 use crate::chance::Chance;
 use crate::process::Watch;
@@ -240,7 +240,7 @@ impl Engine for Disk {
         self.memory.get(column, key)
     }
 
-    fn scan<'a>(&'a self, column: Column, from: &[u8]) -> Box<dyn Iterator<Item = io::Result<KeyValue>> + 'a> {
+    fn scan<'a>(&'a self, column: Column, from: &[u8]) -> Scan<'a> {
         Box::new(self.memory.scan(column, from).map(move |item| {
             let item = item?;
             self.whole(column, &item.0)?;

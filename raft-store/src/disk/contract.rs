@@ -213,11 +213,7 @@ impl Engine for FullOnce {
         self.0.get(column, key)
     }
 
-    fn scan<'a>(
-        &'a self,
-        column: Column,
-        from: &[u8],
-    ) -> Box<dyn Iterator<Item = std::io::Result<super::engine::KeyValue>> + 'a> {
+    fn scan<'a>(&'a self, column: Column, from: &[u8]) -> super::engine::Scan<'a> {
         self.0.scan(column, from)
     }
 

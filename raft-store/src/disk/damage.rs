@@ -61,7 +61,7 @@ fn whole(place: &dyn Place, reads: u32) -> Result<(Disk, Stored), OpenError> {
     if purged > applied {
         return Err(damaged("rows", format!("they reach to {applied:?}, and the log begins after {purged:?}")));
     }
-    let last = disk.check_log(purged.map_or(0, |purged| purged + 1))?;
+    let last = disk.check_log(purged.map_or(0, |purged| purged + 1), applied.unwrap_or(0))?;
     let reach = last.max(purged).max(applied).unwrap_or(0);
     if reach < promise.last {
         return Err(damaged("log", format!("it ends at {reach}, and {} was acknowledged", promise.last)));

@@ -58,6 +58,9 @@ impl Change {
 /// A key and its value.
 pub type KeyValue = (Box<[u8]>, Bytes);
 
+/// Keys and values in the order of keys; may be read on another thread.
+pub type Scan<'a> = Box<dyn Iterator<Item = io::Result<KeyValue>> + Send + 'a>;
+
 /// Ordered keys and values in columns, changed batch by batch.
 ///
 /// After a crash some number of the first batches is there, each of them whole, and at least all up to the last that
@@ -70,7 +73,7 @@ pub trait Engine: Send + Sync + 'static {
     fn get(&self, column: Column, key: &[u8]) -> io::Result<Option<Bytes>>;
 
     /// Keys from `from` on, in order, with their values.
-    fn scan<'a>(&'a self, column: Column, from: &[u8]) -> Box<dyn Iterator<Item = io::Result<KeyValue>> + 'a>;
+    fn scan<'a>(&'a self, column: Column, from: &[u8]) -> Scan<'a>;
 
     /// The value of the last key.
     ///

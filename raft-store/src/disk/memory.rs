@@ -8,7 +8,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
 
-use super::engine::{Change, Column, Engine, KeyValue};
+use super::engine::{Change, Column, Engine, Scan};
 
 type Contents = BTreeMap<(Column, Vec<u8>), Bytes>;
 
@@ -91,7 +91,7 @@ impl Engine for Memory {
         Ok(self.inner.lock().seen.get(&(column, key.to_vec())).cloned())
     }
 
-    fn scan<'a>(&'a self, column: Column, from: &[u8]) -> Box<dyn Iterator<Item = io::Result<KeyValue>> + 'a> {
+    fn scan<'a>(&'a self, column: Column, from: &[u8]) -> Scan<'a> {
         let mut next = Bound::Included((column, from.to_vec()));
         Box::new(std::iter::from_fn(move || {
             let inner = self.inner.lock();

@@ -6,6 +6,7 @@
 //! allows; rows before the purge of the entries that made them), and the sync of a log entry carries
 //! every row written before it.
 
+mod ahead;
 #[cfg(test)]
 mod contract;
 mod damage;
@@ -20,7 +21,7 @@ mod writer;
 pub use damage::is_of_a_database;
 pub(crate) use damage::{Opened, open};
 pub(crate) use engine::Change;
-pub use engine::{Change as DiskChange, Column, Engine, KeyValue};
+pub use engine::{Change as DiskChange, Column, Engine, KeyValue, Scan};
 pub use memory::Memory;
 pub use open::OpenError;
 pub(crate) use open::{Disk, PURGED, RowLoader, STATE, Stored, VOTE};

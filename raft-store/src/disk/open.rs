@@ -7,13 +7,14 @@ use openraft::entry::RaftEntry as _;
 use prost::Message;
 use proto::raft as wire;
 
+use super::ahead::in_order;
 use super::engine::{Column, Engine};
 use crate::apply::link;
 use crate::codec::{DecodeError, class, outcome_from_wire, reference, row_from_wire};
 use crate::format::{admit_bytes, readable};
 use crate::record;
-use crate::row::LogIndex;
-use crate::state::{State, Tombstone};
+use crate::row::{LogIndex, Row};
+use crate::state::{ChangeKey, State, Tombstone};
 use crate::types::{Entry, LogId, StoredMembership, Vote};
 
 pub(crate) const VOTE: &[u8] = b"vote";
@@ -131,14 +132,20 @@ impl Disk {
         Ok(out)
     }
 
-    /// Looks at every entry: all there from `first` on, each whole. The index of the last.
-    pub(crate) fn check_log(&self, first: u64) -> Result<Option<u64>, OpenError> {
+    /// Looks at every entry: all there from `first` on. The index of the last. What is in those after `applied` is read,
+    /// too; of the others, which peers may want, the engine has compared the checksums.
+    pub(crate) fn check_log(&self, first: u64, applied: u64) -> Result<Option<u64>, OpenError> {
         let damaged = |source: DecodeError| OpenError::Damaged { what: "log", source };
         let mut next = first;
         for item in self.engine.scan(Column::Log, &[]) {
-            let (key, bytes) = item.map_err(|error| damaged(DecodeError::Malformed(error.to_string())))?;
-            let entry = record::entry_from_bytes(bytes).map_err(damaged)?;
-            if key.as_ref() != next.to_be_bytes() || entry.log_id().index() != next {
+            let (key, bytes) = item.map_err(|error| damaged(malformed(&error)))?;
+            let index = if next > applied {
+                record::entry_from_bytes(bytes).map_err(damaged)?.log_id().index()
+            } else {
+                let record = wire::LogRecord::decode(bytes).map_err(|error| damaged(error.into()))?;
+                record.id.unwrap_or_default().index
+            };
+            if key.as_ref() != next.to_be_bytes() || index != next {
                 return Err(damaged(DecodeError::Malformed(format!("entry {next} is missing"))));
             }
             next += 1;
@@ -154,33 +161,37 @@ impl Disk {
                 source => OpenError::Damaged { what, source },
             }
         };
-        let io = |what: &'static str| {
-            move |error: std::io::Error| OpenError::Damaged { what, source: DecodeError::Malformed(error.to_string()) }
-        };
-        let mut state = State::default();
+        let io =
+            |what: &'static str| move |error: std::io::Error| OpenError::Damaged { what, source: malformed(&error) };
         let stored = self.meta(STATE).map_err(io("state"))?;
         let stored = stored.map(wire::StoredState::decode).transpose();
         let stored = stored.map_err(|error| damaged("state")(error.into()))?;
         let applied = stored.as_ref().and_then(|stored| stored.last_applied.as_ref()).map_or(0, |id| id.index);
         self.admit_log(applied + 1, reads).map_err(damaged("log"))?;
         let Some(stored) = stored else {
-            return Ok(Stored { state, last_applied: None, membership: StoredMembership::default(), next_outcome: 0 });
+            let (state, membership) = (State::default(), StoredMembership::default());
+            return Ok(Stored { state, last_applied: None, membership, next_outcome: 0 });
         };
-        state.format = readable(stored.format, reads).map_err(damaged("state"))?;
+        let mut loader = RowLoader::default();
+        loader.state.format = readable(stored.format, reads).map_err(damaged("state"))?;
         let head = stored.head.unwrap_or_default();
-        state.resume(&head);
-        let mut rows = RowLoader { state: &mut state };
-        self.each(Column::Rows, "rows", |bytes| rows.row(wire::StoredRow::decode(bytes)?))?;
-        self.each(Column::Tombstones, "tombstones", |bytes| rows.tombstone(&wire::StoredTombstone::decode(bytes)?))?;
+        loader.state.resume(&head);
+        let row = |bytes| row_from_wire(wire::StoredRow::decode(bytes)?).map(Arc::new);
+        self.each(Column::Rows, "rows", row, |row| {
+            loader.row(row);
+            Ok(())
+        })?;
+        let tombstone = |bytes| Ok(wire::StoredTombstone::decode(bytes)?);
+        self.each(Column::Tombstones, "tombstones", tombstone, |tombstone| loader.tombstone(&tombstone))?;
         let mut next_outcome = 0;
-        self.each(Column::Outcomes, "outcomes", |bytes| {
-            let outcome = wire::StoredOutcome::decode(bytes)?;
+        let outcome = |bytes| Ok(wire::StoredOutcome::decode(bytes)?);
+        self.each(Column::Outcomes, "outcomes", outcome, |outcome| {
             next_outcome = next_outcome.max(outcome.sequence + 1);
-            rows.outcome(&outcome)
+            loader.outcome(&outcome)
         })?;
         let membership = stored.membership.map(record::stored_membership).transpose().map_err(damaged("membership"))?;
         Ok(Stored {
-            state,
+            state: loader.finish(),
             last_applied: stored.last_applied.as_ref().map(record::log_id),
             membership: membership.unwrap_or_default(),
             next_outcome,
@@ -189,9 +200,8 @@ impl Disk {
 
     /// Looks, before anything else is done, whether every entry that has to be applied anew can be read.
     fn admit_log(&self, start: u64, reads: u32) -> Result<(), DecodeError> {
-        let failed = |text: String| DecodeError::Malformed(text);
         for item in self.engine.scan(Column::Log, &start.to_be_bytes()) {
-            let (_, bytes) = item.map_err(|error| failed(error.to_string()))?;
+            let (_, bytes) = item.map_err(|error| malformed(&error))?;
             if let Some(wire::log_record::Payload::Transactions(encoded)) = wire::LogRecord::decode(bytes)?.payload {
                 admit_bytes(encoded, reads)?;
             }
@@ -199,32 +209,45 @@ impl Disk {
         Ok(())
     }
 
-    fn each(
+    fn each<T: Send>(
         &self,
         column: Column,
         what: &'static str,
-        mut take: impl FnMut(Bytes) -> Result<(), DecodeError>,
+        decode: impl Fn(Bytes) -> Result<T, DecodeError> + Sync,
+        take: impl FnMut(T) -> Result<(), DecodeError>,
     ) -> Result<(), OpenError> {
-        let failed = |text: String| OpenError::Damaged { what, source: DecodeError::Malformed(text) };
-        for item in self.engine.scan(column, &[]) {
-            let (_, bytes) = item.map_err(|error| failed(error.to_string()))?;
-            take(bytes).map_err(|source| OpenError::Damaged { what, source })?;
-        }
-        Ok(())
+        let items = self.engine.scan(column, &[]);
+        let items = items.map(|item| item.map_or_else(|error| Err(malformed(&error)), |(_, bytes)| Ok(bytes)));
+        in_order(items, decode, take).map_err(|source| OpenError::Damaged { what, source })
     }
 }
 
-/// Builds a state from stored rows; a start and an arriving snapshot both do.
-pub(crate) struct RowLoader<'a> {
-    pub(crate) state: &'a mut State,
+fn malformed(error: &impl ToString) -> DecodeError {
+    DecodeError::Malformed(error.to_string())
 }
 
-impl RowLoader<'_> {
-    pub(crate) fn row(&mut self, stored: wire::StoredRow) -> Result<(), DecodeError> {
-        let row = Arc::new(row_from_wire(stored)?);
-        self.state.changes.insert((row.modified, row.class, row.reference), ());
-        link(self.state, &row);
-        Ok(())
+/// Builds a state from stored rows; a start and an arriving snapshot both do.
+#[derive(Default)]
+pub(crate) struct RowLoader {
+    pub(crate) state: State,
+    /// Rows come in the order of their references, their changes have another. Sorted, when they are all there, each goes
+    /// into the map beside the one before.
+    changes: Vec<ChangeKey>,
+}
+
+impl RowLoader {
+    pub(crate) fn row(&mut self, row: Arc<Row>) {
+        self.changes.push((row.modified, row.class, row.reference));
+        link(&mut self.state, &row);
+    }
+
+    /// The state, when everything is in it.
+    pub(crate) fn finish(mut self) -> State {
+        self.changes.sort_unstable();
+        for change in self.changes {
+            self.state.changes.insert(change, ());
+        }
+        self.state
     }
 
     pub(crate) fn tombstone(&mut self, stored: &wire::StoredTombstone) -> Result<(), DecodeError> {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use rocksdb::{ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode, Options, WriteBatch, WriteOptions};
 
-use super::engine::{Change, Column, Engine, KeyValue};
+use super::engine::{Change, Column, Engine, Scan};
 use super::open::OpenError;
 use super::promises::{Promise, Promises, Promising};
 
@@ -71,7 +71,7 @@ impl Engine for Rocks {
         Ok(self.db.get_cf(self.column(column)?, key).map_err(io::Error::other)?.map(Bytes::from))
     }
 
-    fn scan<'a>(&'a self, column: Column, from: &[u8]) -> Box<dyn Iterator<Item = io::Result<KeyValue>> + 'a> {
+    fn scan<'a>(&'a self, column: Column, from: &[u8]) -> Scan<'a> {
         match self.column(column) {
             Ok(family) => Box::new(
                 self.db

@@ -183,11 +183,7 @@ mod tests {
             self.0.get(column, key)
         }
 
-        fn scan<'a>(
-            &'a self,
-            column: Column,
-            from: &[u8],
-        ) -> Box<dyn Iterator<Item = io::Result<super::super::engine::KeyValue>> + 'a> {
+        fn scan<'a>(&'a self, column: Column, from: &[u8]) -> super::super::engine::Scan<'a> {
             self.0.scan(column, from)
         }
 

@@ -11,7 +11,7 @@ use prost::Message;
 use proto::raft as wire;
 use proto::raft::snapshot_frame::Frame;
 
-use crate::codec::{DecodeError, outcome_to_wire, row_to_wire};
+use crate::codec::{DecodeError, outcome_to_wire, row_from_wire, row_to_wire};
 use crate::disk::RowLoader;
 use crate::format::readable;
 use crate::machine::{StateSnapshot, head, tombstone_to_wire};
@@ -146,7 +146,7 @@ impl Checksum {
 pub(crate) struct Assembly {
     reads: u32,
     header: Option<wire::SnapshotHeader>,
-    state: State,
+    loader: RowLoader,
     rows: u64,
     checksum: Checksum,
     complete: bool,
@@ -154,27 +154,33 @@ pub(crate) struct Assembly {
 
 impl Assembly {
     pub(crate) fn new(reads: u32) -> Self {
-        Self { reads, header: None, state: State::default(), rows: 0, checksum: Checksum::default(), complete: false }
+        Self {
+            reads,
+            header: None,
+            loader: RowLoader::default(),
+            rows: 0,
+            checksum: Checksum::default(),
+            complete: false,
+        }
     }
 
     pub(crate) fn add(&mut self, frame: wire::SnapshotFrame) -> Result<(), DecodeError> {
         match frame.frame.ok_or(DecodeError::BadValue)? {
             Frame::Header(header) => {
-                self.state.format = readable(header.format, self.reads)?;
+                self.loader.state.format = readable(header.format, self.reads)?;
                 self.header = Some(header);
             }
             Frame::Rows(batch) => {
-                let mut loader = RowLoader { state: &mut self.state };
                 for row in batch.rows {
                     self.checksum.add(&row);
                     self.rows += 1;
-                    loader.row(row)?;
+                    self.loader.row(Arc::new(row_from_wire(row)?));
                 }
                 for tombstone in &batch.tombstones {
-                    loader.tombstone(tombstone)?;
+                    self.loader.tombstone(tombstone)?;
                 }
                 for outcome in &batch.outcomes {
-                    loader.outcome(outcome)?;
+                    self.loader.outcome(outcome)?;
                 }
             }
             Frame::End(end) => {
@@ -193,10 +199,10 @@ impl Assembly {
             .filter(|_| self.complete)
             .ok_or_else(|| DecodeError::Malformed("the snapshot is cut short".into()))?;
         let head = header.head.unwrap_or_default();
-        self.state.resume(&head);
+        self.loader.state.resume(&head);
         let vote = record::vote(&header.vote.ok_or(DecodeError::BadValue)?);
         let membership = header.membership.map(record::stored_membership).transpose()?.unwrap_or_default();
         let meta = SnapshotMeta { last_log_id: header.last.as_ref().map(record::log_id), last_membership: membership };
-        Ok((vote, Snapshot { meta, snapshot: StateSnapshot(Arc::new(self.state)) }))
+        Ok((vote, Snapshot { meta, snapshot: StateSnapshot(Arc::new(self.loader.finish())) }))
     }
 }
