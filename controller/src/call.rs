@@ -131,6 +131,17 @@ pub(crate) struct Call {
     /// What the last transaction said of the call.
     stage: Mutex<Option<Stage>>,
     wrote: AtomicBool,
+    /// It has an operation under way; the same for its forks.
+    operates: Arc<AtomicBool>,
+}
+
+/// A call's operation is under way.
+pub(crate) struct Operating(Arc<AtomicBool>);
+
+impl Drop for Operating {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 impl Call {
@@ -153,6 +164,7 @@ impl Call {
             repeat: None,
             stage: Mutex::new(None),
             wrote: AtomicBool::new(false),
+            operates: Arc::default(),
         }
     }
 
@@ -183,7 +195,19 @@ impl Call {
             repeat: self.repeat.clone(),
             stage: Mutex::new(self.stage()),
             wrote: AtomicBool::new(self.wrote()),
+            operates: Arc::clone(&self.operates),
         }
+    }
+
+    /// It has an operation under way until what is returned is dropped.
+    pub(crate) fn operating(&self) -> Operating {
+        self.operates.store(true, Ordering::Release);
+        Operating(Arc::clone(&self.operates))
+    }
+
+    /// Whether it has one.
+    pub(crate) fn operates(&self) -> bool {
+        self.operates.load(Ordering::Acquire)
     }
 
     pub(crate) fn now(&self) -> Timestamp {

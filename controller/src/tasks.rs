@@ -1,13 +1,13 @@
 //! Tasks: what runs behind a reference, and what is left of it when it is over.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::enums::{TaskAllowedOperations, TaskStatusType};
-use datamodel::fields::task;
-use datamodel::{ApiError, ClassKind, Ref, Task, Timestamp, Value, encode, errors};
+use datamodel::fields::{operation, task};
+use datamodel::{ApiError, ClassKind, Operation, Ref, Task, Timestamp, Value, encode, errors};
 use futures::FutureExt;
 use parking_lot::Mutex;
 use raft_store::{CommitError, NewRow, State, Transaction};
@@ -29,6 +29,8 @@ const PASS_EVERY: Duration = Duration::from_secs(30);
 /// Calls under way behind tasks; more are refused, so that a flood cannot take the host down.
 const MOST_RUNNING: usize = 1000;
 const SETTLE_AGAIN: Duration = Duration::from_millis(100);
+/// Who cancels a task whose operation is under way is told so long how that ends, and then that it was cancelled.
+const CANCEL_LIMIT: Duration = Duration::from_secs(10);
 
 /// Tasks that run in this process, and how to stop them.
 #[derive(Default)]
@@ -99,11 +101,11 @@ pub(crate) fn finish(
     outcome: Result<&Value, &ApiError>,
     now: Timestamp,
 ) {
-    change.set(reference, task::PROGRESS, 1.0).set(reference, task::FINISHED, now).set(
-        reference,
-        task::ALLOWED_OPERATIONS,
-        Vec::new(),
-    );
+    change
+        .set(reference, task::PROGRESS, 1.0)
+        .set(reference, task::FINISHED, now)
+        .set(reference, task::ALLOWED_OPERATIONS, Vec::new())
+        .set(reference, task::CURRENT_OPERATIONS, BTreeMap::new());
     match outcome {
         Ok(value) => {
             let mut text = Vec::new();
@@ -139,15 +141,23 @@ pub(crate) async fn start(mut call: Call, handler: Option<Handler>, values: Vec<
     // Owned by the registry of running tasks, ended by the process's shutdown.
     tokio::spawn(async move {
         let _running = run;
-        let cancel = call.cancel.clone();
         let outcome = tokio::select! {
             outcome = guarded(dispatch::answer(&call, handler, values)) => outcome,
-            () = cancel.cancelled() => refuse(errors::task_cancelled(reference)),
+            () = cancelled(&call) => refuse(errors::task_cancelled(reference)),
             () = shared.shutdown.cancelled() => return,
         };
         settle(&call, reference, outcome).await;
     });
     Ok(reference)
+}
+
+/// Waits until a call is cancelled and has either nothing under way, or something that does not end for long. An operation
+/// says itself whether it was cancelled or came to its end.
+async fn cancelled(call: &Call) {
+    call.cancel.cancelled().await;
+    if call.operates() {
+        tokio::time::sleep(CANCEL_LIMIT).await;
+    }
 }
 
 /// A defect in a function must not leave its task pending for ever.
@@ -287,7 +297,8 @@ pub(crate) async fn cancel(call: &Call, reference: Ref<Task>) -> Served<()> {
         return Ok(());
     }
     let mut change = call.transaction();
-    if call.shared.tasks.cancel(reference) {
+    let of_an_operation = || call.state.all::<Operation>().any(|row| row.get(operation::TASK) == reference);
+    if call.shared.tasks.cancel(reference) || of_an_operation() {
         change.put(reference, task::CURRENT_OPERATIONS, call.task.to_string(), TaskAllowedOperations::Cancel);
     } else {
         // Nobody runs it: a task that a client made for itself.

@@ -84,6 +84,7 @@ pub(crate) async fn run(
             let (journal, _held) = begin(&call, kind, &draft).await?;
             engine::finish(&call.shared, journal).await
         };
+        let _operates = call.operating();
         tokio::select! {
             outcome = whole => outcome,
             // The process ends: the operation is the next master's.

@@ -68,8 +68,9 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
                 None => Ok(()),
             };
         };
-        // The first step is not begun of what was cancelled before it, either.
-        if kind.cancellable() && is_cancelled(&state, journal.task) {
+        // The first step is not begun of what was cancelled before it, either. Whether an irrevocable one was begun by
+        // a master before this one nobody knows.
+        if kind.cancellable() && !step.irrevocable && is_cancelled(&state, journal.task) {
             journal.undo.remove(&journal.position());
             return refuse(errors::task_cancelled(journal.task));
         }
@@ -109,10 +110,20 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
         if let Some(next) = plan.get(journal.outcomes.len()) {
             let (done, all) = (journal.outcomes.len(), plan.len());
             journaled(shared, journal, |state, change| {
+                if next.irrevocable {
+                    if kind.cancellable() {
+                        not_cancelled(state, change, journal)?;
+                    }
+                    journal.undo.keys().for_each(|number| journal.forget_undo(change, *number));
+                }
                 journal.advance(change, next);
                 show_progress(state, change, journal.task, done, all);
+                Ok(())
             })
             .await?;
+            if next.irrevocable {
+                journal.undo.clear();
+            }
         }
     }
 }
@@ -126,21 +137,32 @@ fn show_progress(state: &State, change: &mut Transaction, task_ref: Ref<Task>, d
     }
 }
 
+/// Refuses what was cancelled; a transaction that goes on has no effect where it is cancelled meanwhile.
+fn not_cancelled(state: &State, change: &mut Transaction, journal: &Journal) -> Served<()> {
+    if is_cancelled(state, journal.task) {
+        return refuse(errors::task_cancelled(journal.task));
+    }
+    if let Some(row) = state.row(journal.task) {
+        change.expect_row(row);
+    }
+    Ok(())
+}
+
 /// Commits a change of the journal between two steps. Whoever is in doubt leaves the operation to be adopted.
 async fn journaled(
     shared: &Arc<Shared>,
     journal: &Journal,
-    write: impl Fn(&State, &mut Transaction) + Send + Sync,
+    write: impl Fn(&State, &mut Transaction) -> Served<()> + Send + Sync,
 ) -> Served<()> {
     for _ in 0..ATTEMPTS {
         let state = shared.store.read().await?;
         let mut change = shared.transaction();
         change.expect_exists(Operation::ID, journal.reference.opaque());
-        write(&state, &mut change);
+        write(&state, &mut change)?;
         match shared.store.commit(change).await {
             Ok(_) => return Ok(()),
-            // The task was thrown away meanwhile; without the journal there is nothing to go on with.
-            Err(CommitError::Conflict(Conflict::Missing(Task::NAME, _))) => {}
+            // The task was thrown away meanwhile, or changed; without the journal there is nothing to go on with.
+            Err(CommitError::Conflict(Conflict::Missing(Task::NAME, _) | Conflict::Changed(Task::NAME, _))) => {}
             Err(_) => return Err(Failure::NotLeader),
         }
     }
@@ -167,6 +189,7 @@ async fn turn(shared: &Arc<Shared>, journal: &mut Journal, error: &ApiError) -> 
         if !journal.undo.contains_key(&number) {
             journal.forget_undo(change, number);
         }
+        Ok(())
     })
     .await
 }
@@ -212,6 +235,10 @@ async fn settle(
         }
         let mut change = shared.transaction();
         change.expect_exists(Operation::ID, journal.reference.opaque());
+        // Whoever is told that it was cancelled can be sure that it was not done.
+        if failed.is_none() && !journal.undo.is_empty() && kind.is_some_and(Kind::cancellable) {
+            not_cancelled(&state, &mut change, journal)?;
+        }
         if failed.is_some() && !journal.undo.is_empty() {
             journal.owe(&mut change);
         } else {

@@ -39,13 +39,24 @@ pub(crate) struct Planned {
     pub(crate) may_fail: bool,
     /// It is undone only where it is known to be done.
     pub(super) undone_if_known: bool,
+    /// Once it is begun nothing before it may be undone.
+    pub(super) irrevocable: bool,
 }
 
 impl Planned {
     /// A step that need not be undone.
     pub(crate) fn new(host: Ref<Host>, subject: impl Into<String>, action: Action) -> Self {
         let limit = limit(&action);
-        Self { host, subject: subject.into(), action, limit, undo: None, may_fail: false, undone_if_known: false }
+        Self {
+            host,
+            subject: subject.into(),
+            action,
+            limit,
+            undo: None,
+            may_fail: false,
+            undone_if_known: false,
+            irrevocable: false,
+        }
     }
 
     /// It is undone by this, on the same host.
@@ -59,6 +70,14 @@ impl Planned {
     #[must_use]
     pub(crate) const fn undone_if_known(mut self) -> Self {
         self.undone_if_known = true;
+        self
+    }
+
+    /// What steps before it made is all that is left of something once it is begun: from then on the operation goes
+    /// forward, whoever cancels it.
+    #[must_use]
+    pub(crate) const fn irrevocable(mut self) -> Self {
+        self.irrevocable = true;
         self
     }
 

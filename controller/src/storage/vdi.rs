@@ -342,7 +342,7 @@ impl Kind for Move {
     fn plan(&self, seen: &Seen<'_>) -> Served<Vec<Planned>> {
         let (row, journal) = (original(seen)?, seen.journal);
         let copy = volumes::copy(seen.state, &row, journal.object("sr"), journal.parameter("uuid"), journal.host)?;
-        Ok(vec![copy, volumes::destroy(seen.state, &row, journal.host)?.may_fail()])
+        Ok(vec![copy, volumes::destroy(seen.state, &row, journal.host)?.may_fail().irrevocable()])
     }
 
     fn record(&self, end: &mut Ending<'_>) -> Served<Value> {

@@ -95,6 +95,7 @@ impl Agent for Obedient {
     }
 
     async fn perform(&self, step: Step, _: Duration) -> Result<Performed, AgentError> {
+        self.stores.turn(&step).await;
         if let Some(outcome) = self.stores.perform(&step) {
             return outcome;
         }

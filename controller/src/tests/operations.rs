@@ -1,7 +1,7 @@
 //! Whoever stops waiting for an operation does not stop the operation.
 
-use datamodel::enums::{VmOperations, VmPowerState};
-use datamodel::fields::vm;
+use datamodel::enums::{TaskAllowedOperations, TaskStatusType, VmOperations, VmPowerState};
+use datamodel::fields::{task, vm};
 use datamodel::{ClassKind, Input, Operation, Ref, Task, Vm};
 use proto::agent::{DomainState, PowerState};
 
@@ -43,16 +43,39 @@ async fn an_operation_ends_well_though_its_caller_hangs_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cancelled_task_leaves_no_operation_behind() {
+async fn a_task_that_is_cancelled_too_late_ends_as_its_operation_does() {
     let pool = Pool::start().await;
     let this = pool.vm("cancelled").await;
     pool.agent.hold();
     let task = pool.ask("Async.VM.start", start_arguments(this)).await.unwrap();
     pool.agent.asked(1).await;
     pool.ask("task.cancel", vec![text(reference(&task).to_string())]).await.unwrap();
+    let task_ref: Ref<Task> = Ref::from_opaque(reference(&task));
+    let asked = pool.of(task_ref).await;
+    assert_eq!(asked.get(task::STATUS), TaskStatusType::Pending, "a start is not undone");
+    assert!(asked.get(task::CURRENT_OPERATIONS).values().any(|doing| *doing == TaskAllowedOperations::Cancel));
     pool.agent.release();
     settled(&pool, this).await;
     assert!(pool.row(Vm::ID, this.opaque()).await.unwrap().get(vm::ALLOWED_OPERATIONS).len() > 1);
+    pool.until(|state| state.row(task_ref).is_some_and(|row| row.get(task::STATUS) == TaskStatusType::Success)).await;
+    assert!(pool.of(task_ref).await.get(task::CURRENT_OPERATIONS).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_whose_agent_is_not_reached_is_refused_and_leaves_nothing() {
+    let pool = Pool::start().await;
+    let this = pool.vm("out of reach").await;
+    pool.agent.stores.cut(true);
+    assert_eq!(pool.refusal("VM.start", start_arguments(this)).await[0], "HOST_OFFLINE");
+    pool.until(|state| state.count(Operation::ID) == 0).await;
+    let row = pool.row(Vm::ID, this.opaque()).await.unwrap();
+    assert_eq!(row.get(vm::POWER_STATE), VmPowerState::Halted);
+    assert!(row.get(vm::RESIDENT_ON).is_null() && row.get(vm::SCHEDULED_TO_BE_RESIDENT_ON).is_null());
+    assert!(row.get(vm::CURRENT_OPERATIONS).is_empty());
+    assert!(row.get(vm::ALLOWED_OPERATIONS).contains(&VmOperations::Start), "it can be tried again");
+    pool.agent.stores.cut(false);
+    pool.ask("VM.start", start_arguments(this)).await.unwrap();
+    settled(&pool, this).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

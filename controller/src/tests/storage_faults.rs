@@ -204,26 +204,82 @@ async fn what_cannot_be_undone_now_holds_nothing_and_is_undone_later() {
     assert!(pool.agent.stores.volumes().is_empty());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_cancelled_task_has_its_operation_undone_between_two_steps() {
-    let pool = Pool::start().await;
-    let this = with_two_disks(&pool, "cancelled").await;
-    let before = seen(&pool.store().state());
-    // The operation is let go of after its first step, as if the master had died, and cancelled before the next adopts it.
-    let (method, arguments) = Doing::Clone.call(this);
-    let shared = &pool.controller.shared;
-    shared.dies_after.store(2, Ordering::SeqCst);
-    let task_ref: Ref<Task> =
-        Ref::from_opaque(reference(&pool.ask(&format!("Async.{method}"), arguments).await.unwrap()));
+/// Begins a call behind a task, lets go of its operation after so many of its doings, as if the master had died, and
+/// cancels it. How it ended, and whether it came so far.
+async fn cancelled_after(pool: &Pool, doings: usize, method: &str, arguments: Vec<Input>) -> (TaskStatusType, bool) {
+    let dies = &pool.controller.shared.dies_after;
+    dies.store(doings, Ordering::SeqCst);
+    let task = pool.ask(&format!("Async.{method}"), arguments).await.unwrap();
+    let task_ref: Ref<Task> = Ref::from_opaque(reference(&task));
     pool.ask("task.cancel", vec![text(task_ref.to_string())]).await.unwrap();
-    let status = ended(&pool, task_ref).await;
+    let status = ended(pool, task_ref).await;
+    (status, dies.swap(0, Ordering::SeqCst) == 0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_is_cancelled_only_where_nothing_is_left_of_its_operation() {
+    let pool = Pool::start().await;
+    for doing in DOINGS {
+        for point in 1.. {
+            let this = doing.subject(&pool, &format!("{doing:?} {point}")).await;
+            let before = seen(&pool.store().state());
+            let (method, arguments) = doing.call(this);
+            let (status, died) = cancelled_after(&pool, point, method, arguments).await;
+            let state = pool.store().read().await.unwrap();
+            assert_at_rest(&state);
+            assert_rows_are_images(&pool);
+            // It may have been too late; but never half.
+            match status {
+                TaskStatusType::Success => assert_eq!(state.count(Vdi::ID), before.1 + 2, "{doing:?} at {point}"),
+                TaskStatusType::Cancelled => assert_eq!(seen(&state), before, "{doing:?} at {point}"),
+                other => panic!("{doing:?} at {point}: {other:?}"),
+            }
+            if !died {
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_that_is_cancelled_while_its_last_step_is_done_is_undone() {
+    let pool = Pool::start().await;
+    let this = with_two_disks(&pool, "late").await;
+    let before = seen(&pool.store().state());
+    pool.agent.stores.hold_after(1);
+    let (method, arguments) = Doing::Copy.call(this);
+    let task = pool.ask(&format!("Async.{method}"), arguments).await.unwrap();
+    pool.agent.stores.held().await;
+    let task_ref: Ref<Task> = Ref::from_opaque(reference(&task));
+    pool.ask("task.cancel", vec![text(task_ref.to_string())]).await.unwrap();
+    pool.agent.stores.release();
+    assert_eq!(ended(&pool, task_ref).await, TaskStatusType::Cancelled);
     let state = pool.store().read().await.unwrap();
+    assert_eq!(seen(&state), before);
     assert_at_rest(&state);
     assert_rows_are_images(&pool);
-    // It may have been too late; but never half.
-    match status {
-        TaskStatusType::Success => assert_eq!(state.count(Vdi::ID), before.1 + 2),
-        _ => assert_eq!(seen(&state), before),
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_moves_has_one_image_wherever_its_move_is_cancelled() {
+    let pool = Pool::start().await;
+    let (from, into) = (pool.local().to_string(), pool.store_of("Shared storage").to_string());
+    for point in 1.. {
+        let disk = pool.disk(&format!("moves {point}"), 1 << 20).await;
+        let disks = pool.store().state().count(Vdi::ID);
+        let arguments = vec![text(disk.to_string()), text(into.clone()), Input::Struct(Vec::new())];
+        let (status, died) = cancelled_after(&pool, point, "VDI.pool_migrate", arguments).await;
+        let state = pool.store().read().await.unwrap();
+        assert_eq!(state.count(Vdi::ID), disks, "at {point}");
+        assert_at_rest(&state);
+        assert_rows_are_images(&pool);
+        let stays = state.row(disk).is_some();
+        assert_eq!(stays, status == TaskStatusType::Cancelled, "at {point}: {status:?}");
+        assert!(stays || status == TaskStatusType::Success, "at {point}: {status:?}");
+        assert!(!stays || state.row(disk).unwrap().get(vdi::SR).to_string() == from);
+        if !died {
+            break;
+        }
     }
 }
 

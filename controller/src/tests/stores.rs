@@ -1,6 +1,7 @@
 //! The stores of an agent: volumes by name, each step done once, and failures on order.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use proto::agent::refusal::Reason;
@@ -45,11 +46,19 @@ struct Inner {
 pub(crate) struct Stores {
     inner: Mutex<Inner>,
     boot: watch::Sender<u32>,
+    /// So many steps go on, and those after them wait; none: nobody waits.
+    open_for: watch::Sender<Option<usize>>,
+    waiting: watch::Sender<usize>,
 }
 
 impl Default for Stores {
     fn default() -> Self {
-        Self { inner: Mutex::default(), boot: watch::Sender::new(1) }
+        Self {
+            inner: Mutex::default(),
+            boot: watch::Sender::new(1),
+            open_for: watch::Sender::new(None),
+            waiting: watch::Sender::new(0),
+        }
     }
 }
 
@@ -159,7 +168,69 @@ impl Inner {
     }
 }
 
+fn is_of_a_store(action: &Action) -> bool {
+    matches!(
+        action,
+        Action::AttachStore(_)
+            | Action::DetachStore(_)
+            | Action::CreateStore(_)
+            | Action::DestroyStore(_)
+            | Action::ScanStore(_)
+            | Action::CreateVolume(_)
+            | Action::SnapshotVolume(_)
+            | Action::CloneVolume(_)
+            | Action::CopyVolume(_)
+            | Action::ResizeVolume(_)
+            | Action::DestroyVolume(_)
+            | Action::RevertVolume(_)
+            | Action::PlugDisk(_)
+            | Action::UnplugDisk(_)
+            | Action::Medium(_)
+    )
+}
+
 impl Stores {
+    /// After so many steps the next ones wait.
+    pub(crate) fn hold_after(&self, steps: usize) {
+        self.open_for.send_replace(Some(steps));
+    }
+
+    /// Waits until a step waits.
+    pub(crate) async fn held(&self) {
+        let mut waiting = self.waiting.subscribe();
+        let one = waiting.wait_for(|waiting| *waiting > 0);
+        tokio::time::timeout(Duration::from_secs(20), one).await.expect("no step waits").unwrap();
+    }
+
+    /// Steps that wait go on.
+    pub(crate) fn release(&self) {
+        self.open_for.send_replace(None);
+    }
+
+    /// Waits for the step's turn.
+    pub(crate) async fn turn(&self, step: &Step) {
+        if !step.action.as_ref().is_some_and(is_of_a_store) {
+            return;
+        }
+        let mut open_for = self.open_for.subscribe();
+        let take = |left: &mut Option<usize>| match left {
+            Some(left) if *left > 0 => {
+                *left -= 1;
+                true
+            }
+            _ => false,
+        };
+        self.waiting.send_modify(|waiting| *waiting += 1);
+        loop {
+            let held = open_for.borrow_and_update().is_some();
+            if !held || self.open_for.send_if_modified(take) {
+                break;
+            }
+            open_for.changed().await.unwrap();
+        }
+        self.waiting.send_modify(|waiting| *waiting -= 1);
+    }
+
     /// None for what is about a domain alone.
     pub(crate) fn perform(&self, step: &Step) -> Option<Result<Performed, AgentError>> {
         let action = step.action.clone()?;
@@ -174,25 +245,7 @@ impl Stores {
             inner.specs.push(spec);
             return missing.map(|refusal| Err(AgentError::Refused(refusal)));
         }
-        let of_stores = matches!(
-            action,
-            Action::AttachStore(_)
-                | Action::DetachStore(_)
-                | Action::CreateStore(_)
-                | Action::DestroyStore(_)
-                | Action::ScanStore(_)
-                | Action::CreateVolume(_)
-                | Action::SnapshotVolume(_)
-                | Action::CloneVolume(_)
-                | Action::CopyVolume(_)
-                | Action::ResizeVolume(_)
-                | Action::DestroyVolume(_)
-                | Action::RevertVolume(_)
-                | Action::PlugDisk(_)
-                | Action::UnplugDisk(_)
-                | Action::Medium(_)
-        );
-        if !of_stores {
+        if !is_of_a_store(&action) {
             return None;
         }
         let key = (step.operation.clone(), step.number);
