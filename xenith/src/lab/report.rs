@@ -1,6 +1,7 @@
 //! What `status`, and every other lab command at its end, prints.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -8,6 +9,9 @@ use super::layout::Layout;
 use super::plan::Plan;
 use super::process::{Daemon, daemon};
 use super::rpc::{PoolView, pool_view};
+
+/// A host that cannot say yet what its pool is is asked again after this.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 
 /// The lab as of now: the JSON object on standard output.
 #[derive(Serialize, Debug)]
@@ -67,9 +71,9 @@ impl Report {
             let awake = |host: &HostReport| matches!(host.state, HostState::Running | HostState::Partial);
             let asked: Vec<_> = hosts
                 .iter()
-                .map(|host| awake(host).then(|| scope.spawn(move || pool_view(host.socket.as_ref(), limit))))
+                .map(|host| awake(host).then(|| scope.spawn(move || view(host.socket.as_ref(), limit))))
                 .collect();
-            asked.into_iter().map(|asked| asked?.join().ok()?.ok()).collect()
+            asked.into_iter().map(|asked| asked?.join().ok()?).collect()
         });
         // Each is forwarded to the master, so that they cannot differ for longer than a change of masters takes. Hosts
         // that began as pools of their own speak of the lab's pool only once they are of it.
@@ -84,6 +88,19 @@ impl Report {
             host.pool = view.as_ref().and_then(|view| view.pool.clone());
         }
         Self { hosts, master, user: plan.user.clone(), password: plan.password.clone() }
+    }
+}
+
+/// What a host says of its pool; a host that cannot say yet, as while masters change, is asked again until time is up.
+fn view(socket: &Path, limit: Duration) -> Option<PoolView> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let told = pool_view(socket, limit);
+        let known = told.as_ref().is_ok_and(|view| view.pool.is_some());
+        if known || Instant::now() + ASK_AGAIN > deadline {
+            return told.ok();
+        }
+        std::thread::sleep(ASK_AGAIN);
     }
 }
 
