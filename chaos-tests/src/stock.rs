@@ -39,7 +39,7 @@ impl Stock {
     }
 
     fn start(program: &Path, clients: &Path, script: &str, arguments: &[&str]) -> anyhow::Result<Self> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients").join(script);
+        let script = home().join("clients").join(script);
         let mut process = Command::new(program)
             .arg(&script)
             .args(arguments)
@@ -86,12 +86,18 @@ impl Stock {
     }
 }
 
+/// This crate's folder, as cargo says when it runs tests: two checkouts may share what is built, and then what was compiled
+/// in is the other's.
+fn home() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
 /// Where the clients are: `XENITH_CLIENTS`, or what `deploy/clients/install.sh` says after it has put them there.
 async fn installed(which: &str) -> anyhow::Result<PathBuf> {
     if let Some(named) = std::env::var_os("XENITH_CLIENTS") {
         return Ok(named.into());
     }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/clients/install.sh");
+    let script = home().join("../deploy/clients/install.sh");
     let install = Command::new(&script).arg(which).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = timeout(INSTALL_LIMIT, install).await.context("installing the stock clients takes too long")?;
     let output = output.with_context(|| format!("cannot run {}", script.display()))?;
