@@ -295,6 +295,11 @@ impl Call {
         self.stage.lock().clone()
     }
 
+    /// What was committed so far was only the way to the call itself.
+    pub(crate) fn forget_stage(&self) {
+        *self.stage.lock() = None;
+    }
+
     /// Whether anything was committed, or may have been.
     pub(crate) fn wrote(&self) -> bool {
         self.wrote.load(Ordering::Relaxed)

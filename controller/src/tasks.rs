@@ -135,6 +135,7 @@ pub(crate) async fn start(mut call: Call, handler: Option<Handler>, values: Vec<
     let run = Running::start(&call.shared, reference, call.cancel.clone())?;
     call.commit_as(change, Stage::Done(Value::Ref(reference.opaque()))).await?;
     // Who repeats the call is told of the task; what comes of it is the task's.
+    call.forget_stage();
     call.repeat = None;
     call.task = reference;
     let shared = Arc::clone(&call.shared);

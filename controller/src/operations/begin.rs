@@ -162,7 +162,7 @@ async fn attempt(
         Ok(_) => {
             let state = call.latest().await?;
             let row = crate::call::find(&state, reference)?;
-            Ok(Some((Journal::read(&row), held)))
+            Ok(Some((Journal { adopted: false, ..Journal::read(&row) }, held)))
         }
         Err(CommitError::Conflict(conflict)) => {
             // Met by itself, or by another call? The latter is looked at anew.

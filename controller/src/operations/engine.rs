@@ -71,7 +71,9 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
         // The first step is not begun of what was cancelled before it, either. Whether an irrevocable one was begun by
         // a master before this one nobody knows.
         if kind.cancellable() && !step.irrevocable && is_cancelled(&state, journal.task) {
-            journal.undo.remove(&journal.position());
+            if !journal.adopted || step.undone_if_known {
+                journal.undo.remove(&journal.position());
+            }
             return refuse(errors::task_cancelled(journal.task));
         }
         dies(shared)?;
@@ -105,6 +107,7 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
             }
         };
         dies(shared)?;
+        journal.adopted = false;
         journal.outcomes.push(outcome);
         let plan = kind.plan(&Seen { state: &state, journal })?;
         if let Some(next) = plan.get(journal.outcomes.len()) {

@@ -53,6 +53,8 @@ pub(crate) struct Journal {
     /// How they are undone, by their numbers.
     pub(super) undo: BTreeMap<u32, Undo>,
     pub(super) failure: Option<ApiError>,
+    /// It was read from its row: whoever had it in hand before may have begun the step that comes next.
+    pub(super) adopted: bool,
 }
 
 impl Journal {
@@ -83,6 +85,7 @@ impl Journal {
                 .into_iter()
                 .filter_map(|(number, bytes)| Some((number, Undo::decode(&bytes)?)))
                 .collect(),
+            adopted: true,
             failure: parameters.get(FAILED).map(|text| described(serde_json::from_str(text).unwrap_or_default())),
             parameters,
         }
@@ -244,6 +247,7 @@ impl Entry {
             outcomes: Vec::new(),
             undo: BTreeMap::new(),
             failure: None,
+            adopted: false,
         }
     }
 

@@ -115,7 +115,11 @@ async fn whatever_step_fails_in_whatever_way_nothing_is_left_behind() {
 async fn ended(pool: &Pool, task_ref: Ref<Task>) -> TaskStatusType {
     pool.until(|state| state.row(task_ref).is_none_or(|row| row.get(task::STATUS) != TaskStatusType::Pending)).await;
     pool.quiet().await;
-    pool.of(task_ref).await.get(task::STATUS)
+    let row = pool.of(task_ref).await;
+    if row.get(task::STATUS) == TaskStatusType::Failure {
+        eprintln!("failed: {:?}", row.get(task::ERROR_INFO));
+    }
+    row.get(task::STATUS)
 }
 
 /// Begins a call behind a task, and lets go of its operation after so many of its doings. Whether it came so far.
