@@ -68,7 +68,9 @@ impl Report {
     pub fn now(layout: &Layout, plan: &Plan, limit: Duration) -> Self {
         let mut hosts: Vec<_> = plan.hosts.iter().map(|host| host_report(layout, plan, host)).collect();
         let views: Vec<Option<PoolView>> = std::thread::scope(|scope| {
-            let awake = |host: &HostReport| matches!(host.state, HostState::Running | HostState::Partial);
+            let awake = |host: &HostReport| {
+                host.controller_pid.is_some() && matches!(host.state, HostState::Running | HostState::Partial)
+            };
             let asked: Vec<_> = hosts
                 .iter()
                 .map(|host| awake(host).then(|| scope.spawn(move || view(host.socket.as_ref(), limit))))
