@@ -74,11 +74,12 @@ pub async fn measure(pool: &mut Pool, vms: usize) -> anyhow::Result<Restored> {
     let (_, pause_at_rest) = beside_writers(pool, sleep(AROUND)).await?;
     eprintln!("restore: the database");
     let (restore, pause) = beside_writers(pool, put(&mut connection, &path, changed)).await?;
+    let restore = restore?;
     let label = pool.vm(0)?.to_owned();
     let label = pool.client().call("VM.get_name_label", json!([label])).await?;
     ensure!(label == "restored!", "a VM is called {label}");
     let same_master = pool.master().await? == master;
-    Ok(Restored { vms, bytes, dump, dry_run, restore: restore?, pause_at_rest, pause, same_master })
+    Ok(Restored { vms, bytes, dump, dry_run, restore, pause_at_rest, pause, same_master })
 }
 
 /// Seconds until it was answered.
