@@ -24,7 +24,7 @@ fn main() -> Result<(), Failure> {
             let path = root.join(folder).join(format!("{name}.toml"));
             let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
             let table: toml::Table = text.parse().map_err(|error| format!("{}: {error}", path.display()))?;
-            sources.push((name.to_owned(), path.display().to_string(), table));
+            sources.push((name.to_owned(), text, table));
         }
     }
     let out = env::var("OUT_DIR")?;
@@ -38,12 +38,14 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
+/// A class: its name, its file's text, and what that says.
 type Source = (String, String, toml::Table);
 
 fn source_table(sources: &[Source]) -> Result<String, Failure> {
     let mut out = format!("pub(crate) const SOURCES: [(&str, &str); {}] = [\n", sources.len());
-    for (name, path, _) in sources {
-        writeln!(out, "    ({name:?}, include_str!({path:?})),")?;
+    for (name, text, _) in sources {
+        // Not by the file's path: checkouts may share what is built, and this one may be gone.
+        writeln!(out, "    ({name:?}, {text:?}),")?;
     }
     out.push_str("];\n");
     Ok(out)
@@ -64,14 +66,14 @@ fn class_markers(sources: &[Source]) -> Result<String, Failure> {
 
 fn enums(sources: &[Source]) -> Result<String, Failure> {
     let mut all: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    for (_, path, table) in sources {
+    for (class, _, table) in sources {
         for (name, values) in table.get("enums").and_then(|value| value.as_table()).into_iter().flatten() {
             let values = values.as_array().ok_or("an enum is not a list")?;
             let values: Vec<String> = values.iter().filter_map(|value| value.as_str().map(str::to_owned)).collect();
             if let Some(known) = all.get(name)
                 && *known != values
             {
-                return Err(format!("{path}: enum {name} is declared twice, differently").into());
+                return Err(format!("{class}: enum {name} is declared twice, differently").into());
             }
             all.insert(name.clone(), values);
         }

@@ -416,52 +416,30 @@ fn table(state: &mut State, class: ClassId) -> Option<&mut Table> {
     state.tables.get_mut(usize::from(class.0)).map(Arc::make_mut)
 }
 
-fn label(row: &Row, field: &str) -> Option<Arc<str>> {
-    match row.value(row.class.def().field(field)?) {
-        Value::Str(text) => Some(Arc::clone(text)),
-        _ => None,
-    }
-}
-
 /// Puts a row into its table and the table's indexes.
 pub(crate) fn link(state: &mut State, row: &Arc<Row>) {
     let Some(table) = table(state, row.class) else { return };
-    if let Some(uuid) = label(row, "uuid") {
-        table.by_uuid.insert(uuid, row.reference);
-    }
-    if let Some(name) = label(row, "name_label") {
-        table.by_name.entry(name).or_default().insert(row.reference);
-    }
+    table.by_uuid.insert(row);
+    table.by_name.insert(row);
     table.rows.insert(row.reference, Arc::clone(row));
 }
 
 fn unlink(state: &mut State, row: &Arc<Row>) {
     let Some(table) = table(state, row.class) else { return };
-    if let Some(uuid) = label(row, "uuid")
-        && table.by_uuid.get(&uuid) == Some(&row.reference)
-    {
-        table.by_uuid.remove(&uuid);
-    }
-    forget_name(table, row);
+    table.by_uuid.remove(row);
+    table.by_name.remove(row);
     table.rows.remove(&row.reference);
 }
 
-fn forget_name(table: &mut Table, row: &Row) {
-    let Some(name) = label(row, "name_label") else { return };
-    if let Some(references) = table.by_name.get_mut(&name) {
-        references.remove(&row.reference);
-        if references.is_empty() {
-            table.by_name.remove(&name);
-        }
-    }
-}
-
 fn relink(state: &mut State, old: &Arc<Row>, new: &Arc<Row>) {
-    let renamed = old.uuid() != new.uuid() || old.name_label() != new.name_label();
-    if renamed {
-        unlink(state, old);
-        link(state, new);
-    } else if let Some(table) = table(state, new.class) {
-        table.rows.insert(new.reference, Arc::clone(new));
+    let Some(table) = table(state, new.class) else { return };
+    if old.uuid() != new.uuid() {
+        table.by_uuid.remove(old);
+        table.by_uuid.insert(new);
     }
+    if old.name_label() != new.name_label() {
+        table.by_name.remove(old);
+        table.by_name.insert(new);
+    }
+    table.rows.insert(new.reference, Arc::clone(new));
 }

@@ -6,6 +6,7 @@ mod disk;
 mod export;
 mod fence;
 mod format;
+mod indexes;
 mod leadership;
 mod log;
 mod machine;

@@ -7,9 +7,10 @@
 use std::sync::Arc;
 
 use datamodel::{ClassId, ClassKind, OpaqueRef, Ref, Timestamp, model};
-use imbl::{HashMap, OrdMap, OrdSet, Vector};
+use imbl::{HashMap, OrdMap, Vector};
 use uuid::Uuid;
 
+use crate::indexes::{Names, Uuids};
 use crate::replace::Fresh;
 use crate::row::{LogIndex, Row};
 use crate::transaction::{Conflict, Transaction};
@@ -39,9 +40,8 @@ pub(crate) const REMEMBERED_TRANSACTIONS: usize = 100_000;
 #[derive(Clone, Default)]
 pub(crate) struct Table {
     pub(crate) rows: OrdMap<OpaqueRef, Arc<Row>>,
-    pub(crate) by_uuid: HashMap<Arc<str>, OpaqueRef>,
-    /// Thousands may have one name, and each of them may be renamed.
-    pub(crate) by_name: HashMap<Arc<str>, OrdSet<OpaqueRef>>,
+    pub(crate) by_uuid: Uuids,
+    pub(crate) by_name: Names,
 }
 
 /// A change's place in the order of changes.
@@ -184,15 +184,14 @@ impl State {
     #[must_use]
     pub fn by_uuid(&self, class: ClassId, uuid: &str) -> Option<&Arc<Row>> {
         let table = self.table(class)?;
-        table.rows.get(table.by_uuid.get(uuid)?)
+        table.rows.get(&table.by_uuid.get(uuid)?)
     }
 
     /// Objects by their `name_label`, exactly.
     #[must_use]
     pub fn by_name_label(&self, class: ClassId, label: &str) -> Vec<Arc<Row>> {
         let Some(table) = self.table(class) else { return Vec::new() };
-        let references = table.by_name.get(label).into_iter().flatten();
-        references.filter_map(|reference| table.rows.get(reference).cloned()).collect()
+        table.by_name.get(label).filter_map(|reference| table.rows.get(reference).cloned()).collect()
     }
 
     /// The class of a reference, whichever it is.

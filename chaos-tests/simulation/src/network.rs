@@ -91,6 +91,8 @@ struct Inner {
     parcels: BTreeMap<(i64, u64), Parcel>,
     /// What waits for a link to be mended, in the order in which it was sent.
     held: BTreeMap<(Place, Place), Vec<Parcel>>,
+    /// What waits at the sockets of a process that is stopped, in the order in which it came.
+    asleep: BTreeMap<Place, Vec<Parcel>>,
     /// Links that are cut, and since when.
     cut: BTreeMap<(Place, Place), i64>,
     sent: u64,
@@ -156,6 +158,7 @@ impl Network {
             chance,
             parcels: BTreeMap::new(),
             held: BTreeMap::new(),
+            asleep: BTreeMap::new(),
             cut: BTreeMap::new(),
             sent: 0,
             delay: (100, 1_500),
@@ -194,11 +197,28 @@ impl Network {
     pub fn crash(&self, place: Place, power: bool) {
         let mut inner = self.inner.lock();
         inner.doors.remove(&place);
+        inner.asleep.remove(&place);
         let touched: Vec<u64> =
             inner.exchanges.iter().filter(|(_, at)| at.from == place || at.to == place).map(|(id, _)| *id).collect();
         for id in touched {
             let silence = if power { KEEP_ALIVE } else { 0 };
             inner.break_off(id, silence, "the other end is gone");
+        }
+    }
+
+    /// The process at a place is stopped: what comes for it waits.
+    pub fn stop(&self, place: Place) {
+        self.inner.lock().asleep.entry(place).or_default();
+    }
+
+    /// The process at a place goes on: it takes what waits for it one after the other, and acts in between.
+    pub fn go_on(&self, place: Place) {
+        let mut inner = self.inner.lock();
+        let mut later = Duration::ZERO;
+        let slowest = if inner.chance.one_in(2) { 200 } else { 4_000 };
+        for parcel in inner.asleep.remove(&place).into_iter().flatten() {
+            later += inner.chance.micros(0, slowest);
+            inner.hand(parcel, later);
         }
     }
 
@@ -263,6 +283,10 @@ impl Network {
                 }
             };
             let Some((_, parcel)) = parcel else { return };
+            if let Some(waiting) = self.inner.lock().asleep.get_mut(&parcel.link.1) {
+                waiting.push(parcel);
+                continue;
+            }
             (parcel.deliver)();
         }
     }
@@ -481,6 +505,11 @@ impl Inner {
         let takes = self.chance.micros(self.delay.0, self.delay.1) + later.unwrap_or_default();
         let due = kernel::now() + i64::try_from(takes.as_nanos()).unwrap_or(i64::MAX);
         self.put(due, parcel);
+    }
+
+    /// Delivers what has come already, after a while.
+    fn hand(&mut self, parcel: Parcel, later: Duration) {
+        self.put(kernel::now() + i64::try_from(later.as_nanos()).unwrap_or(i64::MAX), parcel);
     }
 
     fn put(&mut self, mut due: i64, parcel: Parcel) {

@@ -207,6 +207,20 @@ impl Node {
         self.paused_until = None;
     }
 
+    /// Stops the process until then: it finds all that came meanwhile.
+    pub fn pause(&mut self, until: i64) {
+        self.paused_until = Some(until);
+        self.setting.network.stop(self.id);
+    }
+
+    /// Lets a stopped process go on.
+    pub fn go_on(&mut self) {
+        if self.paused_until.take().is_some() {
+            tell!(self.setting.trace, "node {} wakes", self.id);
+            self.setting.network.go_on(self.id);
+        }
+    }
+
     /// Something that happens while this host's clocks are the ones that are looked at.
     pub fn timed<T>(&self, happens: impl FnOnce(&Self) -> T) -> T {
         kernel::set_clock(kernel::now(), self.drift, self.wall_error);

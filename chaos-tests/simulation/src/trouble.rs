@@ -18,7 +18,7 @@ use crate::world::{MILLI, World};
 /// No pool of stores has more nodes than this, dead ones among them.
 const MOST_NODES: usize = 8;
 /// So many kinds of trouble there are.
-pub(crate) const KINDS: u64 = 20;
+pub(crate) const KINDS: u64 = 21;
 
 impl World {
     /// Lets something go wrong, when it is time for that.
@@ -92,6 +92,7 @@ impl World {
             }
             15 => self.damage(at),
             19 => self.conspire(at),
+            20 => self.seclude(),
             16 if self.hosts.is_none() => self.lose(at),
             _ if self.hosts.is_none() => self.change_members(at),
             16 => {
@@ -153,6 +154,29 @@ impl World {
         self.crash(at, false);
         let node = &mut self.nodes[at];
         node.damaged |= node.disk.damage();
+    }
+
+    /// The leader is left with those that only learn: whoever takes their word for a quorum's leads on without one.
+    fn seclude(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let Some(store) = self.nodes[leader].store() else { return };
+        let (voters, one) = (store.voters(), self.nodes[leader].id);
+        let side: Vec<u64> =
+            self.nodes.iter().map(|node| node.id).filter(|id| *id == one || !voters.contains(id)).collect();
+        tell!(self.trace, "{side:?}, the leader {one} and learners, are apart from the others");
+        self.part(&side);
+        let mend_at = self.now + self.millis(1_500, 6_000);
+        self.mend_at.get_or_insert(mend_at);
+    }
+
+    /// Cuts every way between these and the others.
+    fn part(&self, side: &[u64]) {
+        for other in self.nodes.iter().map(|node| node.id).filter(|id| !side.contains(id)) {
+            for one in side {
+                self.network.cut(*one, other);
+                self.network.cut(other, *one);
+            }
+        }
     }
 
     /// One follower hears nothing for a while, so that what is acknowledged is with the leader and the others. Then another
@@ -275,7 +299,7 @@ impl World {
         let node = &mut self.nodes[at];
         if node.process.is_some() {
             tell!(self.trace, "node {} is stopped for {} ms", node.id, (until - self.now) / MILLI);
-            node.paused_until = Some(until);
+            node.pause(until);
         }
     }
 
@@ -299,12 +323,7 @@ impl World {
             _ => {
                 let side: Vec<u64> = ids.iter().copied().filter(|id| *id == one || self.chance.one_in(3)).collect();
                 tell!(self.trace, "{side:?} are apart from the others");
-                for one in &side {
-                    for other in ids.iter().filter(|other| !side.contains(other)) {
-                        self.network.cut(*one, *other);
-                        self.network.cut(*other, *one);
-                    }
-                }
+                self.part(&side);
             }
         }
         let mend_at = self.now + if self.chance.one_in(3) { self.millis(3_000, 7_000) } else { self.millis(50, 2_000) };

@@ -179,8 +179,7 @@ impl World {
                 node.start();
             }
             if node.paused_until.is_some_and(|until| until <= self.now) {
-                tell!(self.trace, "node {} wakes", node.id);
-                node.paused_until = None;
+                node.go_on();
             }
         }
         self.network.deliver();
@@ -209,7 +208,7 @@ impl World {
             node.disk.set_full(false);
             node.disk.set_sync(100, 3_000);
             node.disk.disarm();
-            node.paused_until = None;
+            node.go_on();
             if node.process.is_none() && !node.lost {
                 node.start();
             }

@@ -363,8 +363,8 @@ pub fn guest() -> &'static Path {
             return PathBuf::from(dir);
         }
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/guest/build.sh");
-        let status = Command::new(&script).arg(&dir).status().expect("runs");
+        let script = Path::new("../deploy/guest/build.sh");
+        let status = Command::new(script).arg(&dir).status().expect("runs");
         assert!(status.success(), "{} failed", script.display());
         dir
     })

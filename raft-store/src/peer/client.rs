@@ -17,7 +17,8 @@ use openraft::raft::{
 use openraft::{AnyError, OptionalSend};
 use proto::raft as wire;
 use proto::raft::raft_client::RaftClient;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tower::ServiceExt as _;
@@ -41,6 +42,8 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(1);
 const CALLER_LIMIT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
+/// A heartbeat's answer that comes later than this is not waited for: a read that needs it has given up by then.
+const HEARTBEAT_LIMIT: Duration = Duration::from_secs(2);
 const LARGEST_MESSAGE: usize = 64 << 20;
 
 /// What a member shows its peers, and what it asks them to show. PEM texts.
@@ -142,23 +145,37 @@ impl RaftNetworkFactory<Config> for PeerFactory {
                 .max_decoding_message_size(LARGEST_MESSAGE)
                 .max_encoding_message_size(LARGEST_MESSAGE)
         });
-        let (formats, losses) = (self.formats.clone(), self.losses.clone());
-        let acknowledged = self.acknowledged.clone();
-        Peer { target, client, formats, failures: 0, losses, acknowledged, planted: self.planted }
+        Peer {
+            client,
+            formats: self.formats.clone(),
+            failures: 0,
+            limits: Limits { target, losses: self.losses.clone() },
+            acknowledged: self.acknowledged.clone(),
+            heartbeats: JoinSet::new(),
+            planted: self.planted,
+        }
     }
 }
 
 /// A connection to one peer.
 pub(crate) struct Peer {
-    target: u64,
     client: Option<RaftClient<PeerChannel>>,
     formats: Formats,
     /// Streams that did not come about, in a row.
     failures: u32,
+    limits: Limits,
+    acknowledged: Acknowledged,
+    /// Those whose answers may still come.
+    heartbeats: JoinSet<()>,
+    planted: Option<Planted>,
+}
+
+/// How calls of one peer end.
+#[derive(Clone)]
+struct Limits {
+    target: u64,
     /// Where it is told that the peer has lost its database.
     losses: mpsc::Sender<Loss>,
-    acknowledged: Acknowledged,
-    planted: Option<Planted>,
 }
 
 type Rpc = RPCError<Config>;
@@ -189,14 +206,60 @@ impl Peer {
                 Err(status) => Err(status),
             }
         };
-        let reads = self.limited(RPCTypes::AppendEntries, CONNECT_LIMIT, asked).await?;
-        if self.formats.heard(self.target, reads) {
+        let reads = self.limits.keep(RPCTypes::AppendEntries, CONNECT_LIMIT, asked).await?;
+        if self.formats.heard(self.limits.target, reads) {
             return Ok(());
         }
         Err(unreachable("it does not read the pool's format"))
     }
 
-    async fn limited<T>(
+    /// Sends a request that comes alone and brings no entries. openraft waits for the answer until the next one is due, and
+    /// counts it as none after that; on a busy machine it comes later, and is a follower's word all the same: the lease
+    /// counts it. What the peer reads does not matter, for nothing of the pool is in it.
+    fn beat(&mut self, request: &AppendEntriesRequest<Config>) -> Result<oneshot::Receiver<Reply>, Rpc> {
+        let (mut client, limits) = (self.client()?, self.limits.clone());
+        let asked = self.acknowledged.stream(limits.target, self.planted);
+        asked.asked(request.vote.leader_id().term, Instant::now());
+        let request = futures::stream::iter([append_to_wire(request)]);
+        let call = async move {
+            let mut replies = client.append(request).await?.into_inner();
+            replies.message().await?.ok_or_else(|| tonic::Status::unavailable("no reply"))
+        };
+        let (tell, told) = oneshot::channel();
+        while self.heartbeats.try_join_next().is_some() {}
+        self.heartbeats.spawn(async move {
+            let reply = limits.keep(RPCTypes::AppendEntries, HEARTBEAT_LIMIT, call).await.and_then(append_reply);
+            if let Ok(reply) = &reply {
+                asked.answered(follows(reply));
+            }
+            // Who asked may have given up.
+            let _ = tell.send(reply);
+        });
+        Ok(told)
+    }
+
+    async fn ask(
+        &self,
+        rpc: VoteRequest<Config>,
+        pre_vote: bool,
+        limit: Duration,
+    ) -> Result<VoteResponse<Config>, Rpc> {
+        let request = wire::VoteRequest {
+            vote: Some(record::vote_to_wire(&rpc.vote)),
+            last: rpc.last_log_id.as_ref().map(record::log_id_to_wire),
+            leadership_transfer: rpc.leadership_transfer,
+            pre_vote,
+        };
+        let mut client = self.client()?;
+        let reply = self.limits.keep(RPCTypes::Vote, limit, client.vote(request)).await?.into_inner();
+        let vote = reply.vote.as_ref().map(record::vote).ok_or_else(|| unreachable("a reply without a vote"))?;
+        Ok(VoteResponse::new(vote, reply.last.as_ref().map(record::log_id), reply.granted))
+    }
+}
+
+impl Limits {
+    /// Makes a call end in time, and tells what is behind its failure.
+    async fn keep<T>(
         &self,
         action: RPCTypes,
         limit: Duration,
@@ -213,24 +276,13 @@ impl Peer {
             Err(_) => Err(RPCError::Timeout(Timeout { action, id: 0, target: self.target, timeout: limit })),
         }
     }
+}
 
-    async fn ask(
-        &self,
-        rpc: VoteRequest<Config>,
-        pre_vote: bool,
-        limit: Duration,
-    ) -> Result<VoteResponse<Config>, Rpc> {
-        let request = wire::VoteRequest {
-            vote: Some(record::vote_to_wire(&rpc.vote)),
-            last: rpc.last_log_id.as_ref().map(record::log_id_to_wire),
-            leadership_transfer: rpc.leadership_transfer,
-            pre_vote,
-        };
-        let mut client = self.client()?;
-        let reply = self.limited(RPCTypes::Vote, limit, client.vote(request)).await?.into_inner();
-        let vote = reply.vote.as_ref().map(record::vote).ok_or_else(|| unreachable("a reply without a vote"))?;
-        Ok(VoteResponse::new(vote, reply.last.as_ref().map(record::log_id), reply.granted))
-    }
+type Reply = Result<StreamAppendResult<Config>, Rpc>;
+
+/// Whether a peer that answers so takes the sender for the leader.
+fn follows(reply: &StreamAppendResult<Config>) -> bool {
+    !matches!(reply, Err(StreamAppendError::HigherVote(_)))
 }
 
 fn append_to_wire(request: &AppendEntriesRequest<Config>) -> wire::AppendRequest {
@@ -242,13 +294,13 @@ fn append_to_wire(request: &AppendEntriesRequest<Config>) -> wire::AppendRequest
     }
 }
 
-fn append_reply(reply: wire::AppendReply) -> Result<StreamAppendResult<Config>, Rpc> {
-    use wire::append_reply::Result as Reply;
+fn append_reply(reply: wire::AppendReply) -> Reply {
+    use wire::append_reply::Result as Told;
     match reply.result {
-        Some(Reply::Accepted(accepted)) => Ok(Ok(accepted.last.as_ref().map(record::log_id))),
-        Some(Reply::Conflict(id)) => Ok(Err(StreamAppendError::Conflict(record::log_id(&id)))),
-        Some(Reply::HigherVote(vote)) => Ok(Err(StreamAppendError::HigherVote(record::vote(&vote)))),
-        Some(Reply::Fatal(text)) => Err(unreachable(&text)),
+        Some(Told::Accepted(accepted)) => Ok(Ok(accepted.last.as_ref().map(record::log_id))),
+        Some(Told::Conflict(id)) => Ok(Err(StreamAppendError::Conflict(record::log_id(&id)))),
+        Some(Told::HigherVote(vote)) => Ok(Err(StreamAppendError::HigherVote(record::vote(&vote)))),
+        Some(Told::Fatal(text)) => Err(unreachable(&text)),
         None => Err(unreachable("an empty reply")),
     }
 }
@@ -263,7 +315,7 @@ impl RaftNetworkV2<Config> for Peer {
     ) -> Result<AppendEntriesResponse<Config>, Rpc> {
         let last = rpc.entries.last().map(|entry| entry.log_id).or(rpc.prev_log_id);
         let mut client = self.client()?;
-        if !self.formats.suits(self.target) {
+        if !self.formats.suits(self.limits.target) {
             self.agree(&mut client).await?;
         }
         let request = futures::stream::iter([append_to_wire(&rpc)]);
@@ -271,7 +323,7 @@ impl RaftNetworkV2<Config> for Peer {
             let mut replies = client.append(request).await?.into_inner();
             replies.message().await?.ok_or_else(|| tonic::Status::unavailable("no reply"))
         };
-        let reply = self.limited(RPCTypes::AppendEntries, option.hard_ttl(), call).await?;
+        let reply = self.limits.keep(RPCTypes::AppendEntries, option.hard_ttl(), call).await?;
         Ok(match append_reply(reply)? {
             Ok(accepted) if accepted == last => AppendEntriesResponse::Success,
             Ok(accepted) => AppendEntriesResponse::PartialSuccess(accepted),
@@ -282,15 +334,22 @@ impl RaftNetworkV2<Config> for Peer {
 
     fn stream_append<'s, S>(
         &'s mut self,
-        input: S,
+        mut input: S,
         option: RPCOption,
     ) -> BoxFuture<'s, Result<BoxStream<'s, Result<StreamAppendResult<Config>, Rpc>>, Rpc>>
     where
         S: Stream<Item = AppendEntriesRequest<Config>> + OptionalSend + Unpin + 'static,
     {
         Box::pin(async move {
+            let Some(first) = input.next().await else { return Ok(futures::stream::empty().boxed()) };
+            // A stream of entries does not know its end.
+            if first.entries.is_empty() && input.size_hint().1 == Some(0) {
+                let answered = self.beat(&first)?;
+                return Ok(futures::stream::once(answered).filter_map(async |reply| reply.ok()).boxed());
+            }
+            let input = futures::stream::iter([first]).chain(input);
             let mut client = self.client()?;
-            let asked = self.acknowledged.stream(self.target, self.planted);
+            let asked = self.acknowledged.stream(self.limits.target, self.planted);
             let answered = asked.clone();
             let requests = input.map(move |request| {
                 asked.asked(request.vote.leader_id().term, Instant::now());
@@ -300,7 +359,7 @@ impl RaftNetworkV2<Config> for Peer {
             let limit = option.hard_ttl().max(CONNECT_LIMIT);
             let begun = async {
                 self.agree(&mut client.clone()).await?;
-                self.limited(RPCTypes::AppendEntries, limit, client.append(requests)).await
+                self.limits.keep(RPCTypes::AppendEntries, limit, client.append(requests)).await
             };
             let replies = match begun.await {
                 Ok(replies) => replies.into_inner(),
@@ -316,7 +375,7 @@ impl RaftNetworkV2<Config> for Peer {
             self.failures = 0;
             let results = replies.map(move |reply| {
                 let reply = reply.map_err(|status| failed(&status)).and_then(append_reply)?;
-                answered.answered(!matches!(reply, Err(StreamAppendError::HigherVote(_))));
+                answered.answered(follows(&reply));
                 Ok(reply)
             });
             Ok(results.boxed())
@@ -340,10 +399,10 @@ impl RaftNetworkV2<Config> for Peer {
     ) -> Result<SnapshotResponse<Config>, StreamingError<Config>> {
         let mut client = self.client()?;
         self.agree(&mut client).await?;
-        tracing::info!(target = self.target, index = snapshot.snapshot.0.applied.0, "sending a snapshot");
+        tracing::info!(target = self.limits.target, index = snapshot.snapshot.0.applied.0, "sending a snapshot");
         let frames = snapshot::frames(vote, snapshot);
         let limit = option.hard_ttl().max(Duration::from_secs(120));
-        let send = self.limited(RPCTypes::InstallSnapshot, limit, client.install_snapshot(frames));
+        let send = self.limits.keep(RPCTypes::InstallSnapshot, limit, client.install_snapshot(frames));
         let reply = tokio::select! {
             closed = cancel => return Err(StreamingError::Closed(closed)),
             reply = send => reply?.into_inner(),
@@ -365,11 +424,11 @@ impl RaftNetworkV2<Config> for Peer {
         };
         let call = client.transfer_leader(message);
         let reply =
-            self.limited(RPCTypes::TransferLeader, option.hard_ttl().max(CONNECT_LIMIT), call).await?.into_inner();
+            self.limits.keep(RPCTypes::TransferLeader, option.hard_ttl().max(CONNECT_LIMIT), call).await?.into_inner();
         if reply.refusal.is_empty() {
             return Ok(Ok(()));
         }
-        tracing::warn!(target = self.target, refusal = reply.refusal, "the peer does not take the lead");
+        tracing::warn!(target = self.limits.target, refusal = reply.refusal, "the peer does not take the lead");
         Err(unreachable(&reply.refusal))
     }
 }
