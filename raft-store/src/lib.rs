@@ -25,7 +25,9 @@ mod transaction;
 mod types;
 
 pub use codec::DecodeError;
-pub use disk::{Column, DiskChange, Engine, KeyValue, Memory, OpenError, Place, Promise, Scan, is_of_a_database};
+pub use disk::{
+    Column, DiskChange, Engine, Folder, KeyValue, Memory, OpenError, Place, Promise, Scan, is_of_a_database,
+};
 pub use export::{decode_rows, encode_rows};
 pub use format::FORMATS;
 pub use leadership::Leadership;

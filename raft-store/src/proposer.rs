@@ -1,18 +1,21 @@
 //! Many commits, few entries: transactions that wait together share an entry and its fsync.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use openraft::errors::ClientWriteError;
+use openraft::errors::{ClientWriteError, ForwardReason};
 use openraft::impls::ProgressResponder;
+use openraft::raft::ClientWriteResponse;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::Instant;
 
 use crate::codec::encode_batch;
 use crate::machine::Machine;
 use crate::row::LogIndex;
 use crate::store::{CommitError, Member, NotLeader};
 use crate::transaction::Transaction;
-use crate::types::{Batch, Outcomes, Raft};
+use crate::types::{Batch, Config, Outcomes, Raft};
 
 /// A transaction on its way, and who waits for it.
 pub(crate) struct Proposal {
@@ -67,6 +70,10 @@ pub(crate) enum Unanswered {
 /// make the batches small (10,600 writes a second), one leaves the disk idle (9,800), two do neither (13,900).
 const IN_FLIGHT: usize = 2;
 const LARGEST_BATCH: usize = 512;
+/// A leader whom no quorum has answered for a lease appends nothing. On a busy machine the answers are only late: it is
+/// asked again for as long as a read would wait for the same.
+const LEASE_LIMIT: Duration = Duration::from_secs(2);
+const ASK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Ends when every handle of the store is gone, or is ended with the store.
 ///
@@ -88,28 +95,58 @@ pub(crate) async fn run(raft: Raft, machine: Arc<Machine>, mut queue: mpsc::Rece
         let encoded = encode_batch(format, &transactions);
         let answers = Answers::new(answers);
         let batch = Batch { format, transactions: transactions.into(), encoded, answers: answers.clone() };
-        let (responder, completed) = ProgressResponder::complete_only();
         let term = machine.office.borrow().0;
-        let accepted = raft.write(batch).responder(responder).with_leader(term).await;
-        if let Err(fatal) = accepted {
-            tracing::error!(%fatal, "consensus has stopped");
+        let Some(completed) = append(&raft, batch.clone(), term).await else {
             answers.refuse(&Unanswered::Known(CommitError::Unknown));
             continue;
-        }
+        };
+        let raft = raft.clone();
         tasks.spawn(async move {
-            match completed.await {
-                Ok(Ok(response)) => answers.tell(&response.data),
-                Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
-                    let leader = forward.leader_id.zip(forward.leader_node).map(|(id, node)| Member::new(id, &node));
-                    answers.refuse(&Unanswered::Known(NotLeader { leader }.into()));
-                }
-                Ok(Err(error)) => {
-                    tracing::info!(%error, term, "an entry was cut off; the next master's entries tell what became of it");
-                    answers.refuse(&Unanswered::Open { term });
-                }
-                Err(_) => answers.refuse(&Unanswered::Open { term }),
-            }
+            settle(&raft, batch, term, completed).await;
             drop(permit);
         });
+    }
+}
+
+type Completed = oneshot::Receiver<Result<ClientWriteResponse<Config>, ClientWriteError<Config>>>;
+
+/// Hands a batch to consensus; none where that has stopped.
+async fn append(raft: &Raft, batch: Batch, term: u64) -> Option<Completed> {
+    let (responder, completed) = ProgressResponder::complete_only();
+    match raft.write(batch).responder(responder).with_leader(term).await {
+        Ok(_) => Some(completed),
+        Err(fatal) => {
+            tracing::error!(%fatal, "consensus has stopped");
+            None
+        }
+    }
+}
+
+/// Waits for what becomes of a batch, and tells its callers.
+async fn settle(raft: &Raft, batch: Batch, term: u64, mut completed: Completed) {
+    let deadline = Instant::now() + LEASE_LIMIT;
+    loop {
+        match completed.await {
+            Ok(Ok(response)) => return batch.answers.tell(&response.data),
+            Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
+                // Nothing was appended.
+                if forward.reason == ForwardReason::LeaseExpired && Instant::now() < deadline {
+                    tokio::time::sleep(ASK_AGAIN).await;
+                    completed = match append(raft, batch.clone(), term).await {
+                        Some(completed) => completed,
+                        None => return batch.answers.refuse(&Unanswered::Known(CommitError::Unknown)),
+                    };
+                    continue;
+                }
+                tracing::info!(reason = ?forward.reason, term, "a batch was not appended: this node does not lead, or cannot prove it");
+                let leader = forward.leader_id.zip(forward.leader_node).map(|(id, node)| Member::new(id, &node));
+                return batch.answers.refuse(&Unanswered::Known(NotLeader { leader }.into()));
+            }
+            Ok(Err(error)) => {
+                tracing::info!(%error, term, "an entry was cut off; the next master's entries tell what became of it");
+                return batch.answers.refuse(&Unanswered::Open { term });
+            }
+            Err(_) => return batch.answers.refuse(&Unanswered::Open { term }),
+        }
     }
 }

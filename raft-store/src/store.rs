@@ -301,7 +301,11 @@ impl Store {
         }
         match tokio::time::timeout(READ_LIMIT, self.shared.lease.renewed(&self.shared.raft)).await {
             Ok(true) => Ok(self.state()),
-            Ok(false) | Err(_) => Err(self.not_leader()),
+            Ok(false) => Err(self.not_leader()),
+            Err(_) => {
+                tracing::warn!(limit = ?READ_LIMIT, "a read is refused: no quorum has said in time that this node still leads");
+                Err(self.not_leader())
+            }
         }
     }
 

@@ -2,16 +2,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use datamodel::fields::network;
 use datamodel::{Network, Ref, Staged, Timestamp, fields};
 use raft_store::{
-    ChangeKind, CommitError, FORMATS, Leadership, LogIndex, Member, NewRow, PeerTls, Replacement, StagedRow, Store,
-    StoreConfig, Transaction,
+    ChangeKind, CommitError, Dial, FORMATS, Folder, Leadership, LogIndex, Member, NewRow, OpenError, PeerChannel,
+    PeerTls, Replacement, StagedRow, Store, StoreConfig, Transaction,
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use tower::ServiceExt as _;
+use tower::util::BoxCloneSyncService;
 use uuid::Uuid;
 
 fn certificates() -> PeerTls {
@@ -23,6 +25,26 @@ fn certificates() -> PeerTls {
     let key = KeyPair::generate().unwrap();
     let certificate = CertificateParams::new(vec!["xenith-peer".into()]).unwrap().signed_by(&key, &issuer).unwrap();
     PeerTls { ca: ca_certificate.pem(), certificate: certificate.pem(), key: key.serialize_pem() }
+}
+
+/// The way to peers, on which every call's answer may come late. What is asked arrives at once.
+struct Line {
+    tls: PeerTls,
+    late: Arc<AtomicU64>,
+}
+
+impl Dial for Line {
+    fn channel(&self, target: u64, address: &str) -> Result<PeerChannel, OpenError> {
+        let (channel, late) = (Dial::channel(&self.tls, target, address)?, Arc::clone(&self.late));
+        Ok(BoxCloneSyncService::new(tower::service_fn(move |request| {
+            let (channel, late) = (channel.clone(), Arc::clone(&late));
+            async move {
+                let answer = channel.oneshot(request).await;
+                tokio::time::sleep(Duration::from_millis(late.load(Ordering::Relaxed))).await;
+                answer
+            }
+        })))
+    }
 }
 
 /// A node with a runtime of its own: its end takes every connection with it, as the end of a process would.
@@ -38,6 +60,8 @@ struct Pool {
     nodes: Vec<Option<Node>>,
     /// What each node reads; none: all that there is.
     reads: Vec<Option<u32>>,
+    /// Milliseconds by which answers are late.
+    late: Arc<AtomicU64>,
 }
 
 impl Pool {
@@ -47,8 +71,14 @@ impl Pool {
 
     async fn start_of(reads: Vec<Option<u32>>) -> Self {
         let _ = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).try_init();
-        let mut pool =
-            Self { tls: certificates(), dirs: Vec::new(), members: Vec::new(), nodes: Vec::new(), reads: Vec::new() };
+        let mut pool = Self {
+            tls: certificates(),
+            dirs: Vec::new(),
+            members: Vec::new(),
+            nodes: Vec::new(),
+            reads: Vec::new(),
+            late: Arc::default(),
+        };
         for reads in reads {
             let index = pool.add(reads);
             pool.boot(index).await;
@@ -78,7 +108,9 @@ impl Pool {
         let address = member.peer_address.parse().unwrap();
         let tls = self.tls.server();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let store = runtime.spawn(async move { Store::open(config).await.unwrap() }).await.unwrap();
+        let place = Arc::new(Folder::new(&config.dir));
+        let peers = Arc::new(Line { tls: self.tls.clone(), late: Arc::clone(&self.late) });
+        let store = runtime.spawn(async move { Store::open_in(config, place, peers).await.unwrap() }).await.unwrap();
         let service = store.service();
         runtime.spawn(async move {
             tonic::transport::Server::builder()
@@ -281,6 +313,26 @@ async fn the_lead_moves_on_request() {
     let heir = (leader + 1) % 3;
     pool.store(leader).transfer_leader(pool.members[heir].node_id).await.unwrap();
     assert_eq!(pool.leader().await, heir);
+    pool.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_answers_are_late_goes_on_leading_and_writing() {
+    let pool = Pool::start(3).await;
+    pool.commit(insert("before").0).await;
+    let leader = pool.store(pool.leader().await);
+    let epoch = leader.leadership().borrow().clone();
+    // Heartbeats are sent every 50 ms, and a lease is 300 ms.
+    pool.late.store(120, Ordering::Relaxed);
+    for round in 0..4 {
+        // Long enough that nothing but heartbeats can have kept the lease.
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let (transaction, reference) = insert("late");
+        leader.commit(transaction).await.unwrap_or_else(|error| panic!("round {round}: {error}"));
+        let state = leader.read().await.unwrap();
+        assert!(state.row(reference).is_some());
+    }
+    assert_eq!(*leader.leadership().borrow(), epoch, "another leader, or the same anew");
     pool.end().await;
 }
 

@@ -60,8 +60,11 @@ pub(crate) async fn restore(transfer: &Transfer, body: ByteStream) -> Served<()>
                 stage.withdraw(shared).await;
                 return refuse(errors::task_cancelled(transfer.task));
             }
-            Err(CommitError::Conflict(conflict)) => tracing::debug!(%conflict, "the pool has moved; looking again"),
+            Err(CommitError::Conflict(conflict)) => {
+                tracing::info!(%conflict, "the pool has moved while a restore was made ready; looking again")
+            }
             Err(error) => {
+                tracing::warn!(%error, "the last step of a restore failed");
                 stage.withdraw(shared).await;
                 return Err(error.into());
             }
@@ -210,7 +213,10 @@ impl Stage {
             match shared.store.commit(change.clone()).await {
                 Ok(_) => return Ok(()),
                 Err(CommitError::Overloaded) => tokio::time::sleep(LOOK_AGAIN).await,
-                Err(error) => return Err(error.into()),
+                Err(error) => {
+                    tracing::warn!(%error, part = self.parts.len(), "a part of a dump cannot be staged");
+                    return Err(error.into());
+                }
             }
         }
     }

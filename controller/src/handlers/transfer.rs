@@ -118,6 +118,9 @@ impl Transfer {
                     () = cancel.cancelled() => refuse(errors::task_cancelled(task)),
                     () = shared.shutdown.cancelled() => Err(Failure::NotLeader),
                 };
+                if let Err(failure) = &outcome {
+                    tracing::info!(?failure, %task, "an upload failed");
+                }
                 let outcome = outcome.map_err(Failure::into_api);
                 tasks::end_transfer(&shared, task, outcome.as_ref().copied()).await;
                 drop(running);

@@ -25,7 +25,7 @@ pub use engine::{Change as DiskChange, Column, Engine, KeyValue, Scan};
 pub use memory::Memory;
 pub use open::OpenError;
 pub(crate) use open::{Disk, PURGED, RowLoader, STATE, Stored, VOTE};
-pub(crate) use place::Folder;
+pub use place::Folder;
 pub use place::Place;
 pub use promises::Promise;
 pub(crate) use rocks::Rocks;

@@ -48,10 +48,12 @@ pub trait Place: Send + Sync + 'static {
 }
 
 /// A folder of files.
-pub(crate) struct Folder(PathBuf);
+pub struct Folder(PathBuf);
 
 impl Folder {
-    pub(crate) fn new(dir: &Path) -> Self {
+    /// The folder there; it has to exist.
+    #[must_use]
+    pub fn new(dir: &Path) -> Self {
         Self(dir.to_owned())
     }
 

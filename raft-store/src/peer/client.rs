@@ -17,7 +17,7 @@ use openraft::raft::{
 use openraft::{AnyError, OptionalSend};
 use proto::raft as wire;
 use proto::raft::raft_client::RaftClient;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -44,6 +44,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 /// A heartbeat's answer that comes later than this is not waited for: a read that needs it has given up by then.
 const HEARTBEAT_LIMIT: Duration = Duration::from_secs(2);
+/// An answer is late by so many heartbeats at most: a lease.
+const LATE_HEARTBEATS: u32 = 6;
 const LARGEST_MESSAGE: usize = 64 << 20;
 
 /// What a member shows its peers, and what it asks them to show. PEM texts.
@@ -165,8 +167,8 @@ pub(crate) struct Peer {
     failures: u32,
     limits: Limits,
     acknowledged: Acknowledged,
-    /// Those whose answers may still come.
-    heartbeats: JoinSet<()>,
+    /// When those were sent whose answers may still come.
+    heartbeats: JoinSet<(Instant, Reply)>,
     planted: Option<Planted>,
 }
 
@@ -213,29 +215,36 @@ impl Peer {
         Err(unreachable("it does not read the pool's format"))
     }
 
-    /// Sends a request that comes alone and brings no entries. openraft waits for the answer until the next one is due, and
-    /// counts it as none after that; on a busy machine it comes later, and is a follower's word all the same: the lease
-    /// counts it. What the peer reads does not matter, for nothing of the pool is in it.
-    fn beat(&mut self, request: &AppendEntriesRequest<Config>) -> Result<oneshot::Receiver<Reply>, Rpc> {
+    /// Sends a heartbeat: a request that comes alone and brings no entries. What the peer reads does not matter, for nothing
+    /// of the pool is in it.
+    ///
+    /// openraft waits until the next one is due, and takes no answer for silence; whose peers are silent may append
+    /// nothing. On a busy machine, or over a long line, answers are only late: each is waited for, the lease counts it for
+    /// when its heartbeat was sent, and openraft takes it for the next one's.
+    async fn beat(&mut self, request: &AppendEntriesRequest<Config>, interval: Duration) -> Reply {
         let (mut client, limits) = (self.client()?, self.limits.clone());
         let asked = self.acknowledged.stream(limits.target, self.planted);
-        asked.asked(request.vote.leader_id().term, Instant::now());
+        let sent = Instant::now();
+        asked.asked(request.vote.leader_id().term, sent);
         let request = futures::stream::iter([append_to_wire(request)]);
         let call = async move {
             let mut replies = client.append(request).await?.into_inner();
             replies.message().await?.ok_or_else(|| tonic::Status::unavailable("no reply"))
         };
-        let (tell, told) = oneshot::channel();
-        while self.heartbeats.try_join_next().is_some() {}
         self.heartbeats.spawn(async move {
             let reply = limits.keep(RPCTypes::AppendEntries, HEARTBEAT_LIMIT, call).await.and_then(append_reply);
             if let Ok(reply) = &reply {
                 asked.answered(follows(reply));
             }
-            // Who asked may have given up.
-            let _ = tell.send(reply);
+            (sent, reply)
         });
-        Ok(told)
+        while let Some(ended) = self.heartbeats.join_next().await {
+            let Ok((asked, reply)) = ended else { continue };
+            if asked == sent || (reply.is_ok() && asked.elapsed() < interval * LATE_HEARTBEATS) {
+                return reply;
+            }
+        }
+        Err(unreachable("no answer"))
     }
 
     async fn ask(
@@ -344,8 +353,8 @@ impl RaftNetworkV2<Config> for Peer {
             let Some(first) = input.next().await else { return Ok(futures::stream::empty().boxed()) };
             // A stream of entries does not know its end.
             if first.entries.is_empty() && input.size_hint().1 == Some(0) {
-                let answered = self.beat(&first)?;
-                return Ok(futures::stream::once(answered).filter_map(async |reply| reply.ok()).boxed());
+                let reply = self.beat(&first, option.hard_ttl()).await;
+                return Ok(futures::stream::iter([reply]).boxed());
             }
             let input = futures::stream::iter([first]).chain(input);
             let mut client = self.client()?;
