@@ -20,15 +20,27 @@ const MOST_NODES: usize = 8;
 /// So many kinds of trouble there are.
 pub(crate) const KINDS: u64 = 21;
 
+/// What comes of trouble that has begun.
+pub(crate) enum Plot {
+    /// The leader goes as that follower has lost its disk.
+    Forget { leader: usize, follower: usize },
+    /// The leader is alone.
+    Seclude,
+}
+
 impl World {
     /// Lets something go wrong, when it is time for that.
     pub fn trouble(&mut self) {
-        if let Some((_, leader, follower)) = self.conspiracy.take_if(|(at, ..)| *at <= self.now) {
-            tell!(self.trace, "…and the leader goes as the damaged one comes back");
-            self.network.mend();
-            self.damage(follower);
-            self.nodes[follower].start_at = self.nodes[follower].start_at.map(|_| self.now + 20 * MILLI);
-            self.crash(leader, false);
+        match self.plot.take_if(|(at, _)| *at <= self.now) {
+            Some((_, Plot::Forget { leader, follower })) => {
+                tell!(self.trace, "…and the leader goes as the damaged one comes back");
+                self.network.mend();
+                self.damage(follower);
+                self.nodes[follower].start_at = self.nodes[follower].start_at.map(|_| self.now + 20 * MILLI);
+                self.crash(leader, false);
+            }
+            Some((_, Plot::Seclude)) => self.seclude(),
+            None => {}
         }
         if self.mend_at.is_some_and(|at| at <= self.now) {
             self.mend_at = None;
@@ -92,7 +104,7 @@ impl World {
             }
             15 => self.damage(at),
             19 => self.conspire(at),
-            20 => self.seclude(),
+            20 => self.deafen(),
             16 if self.hosts.is_none() => self.lose(at),
             _ if self.hosts.is_none() => self.change_members(at),
             16 => {
@@ -156,6 +168,39 @@ impl World {
         node.damaged |= node.disk.damage();
     }
 
+    /// Those of the voters that do not lead.
+    fn followers(&self, leader: usize) -> Vec<usize> {
+        let voters = self.nodes[leader].store().map(|store| store.voters()).unwrap_or_default();
+        (0..self.nodes.len()).filter(|other| *other != leader && voters.contains(&self.nodes[*other].id)).collect()
+    }
+
+    fn stop_hearing(&self, leader: usize, deaf: usize) {
+        let (from, to) = (self.nodes[leader].id, self.nodes[deaf].id);
+        tell!(self.trace, "nothing of {from} reaches {to}…");
+        self.network.cut(from, to);
+        self.network.cut(to, from);
+    }
+
+    /// One follower does not hear the leader for a while, so that it stands for election as soon as the others let it. Then
+    /// none does: how long they do not, and how long the leader takes itself for one, is told by their clocks alone.
+    fn deafen(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let follows = self.followers(leader);
+        if follows.is_empty() {
+            return;
+        }
+        let members = self.nodes[leader].store().map_or(0, |store| store.members().len());
+        if members == follows.len() + 1 && self.hosts.is_none() && members < MOST_NODES {
+            let learner = self.found();
+            self.ask(self.nodes[leader].id, Ask::Change(Change::Learner(learner)));
+        }
+        let deaf = follows[self.chance.index(follows.len())];
+        self.stop_hearing(leader, deaf);
+        self.plot = Some((self.now + self.millis(300, 1_500), Plot::Seclude));
+        let mend_at = self.now + self.millis(2_500, 7_000);
+        self.mend_at.get_or_insert(mend_at);
+    }
+
     /// The leader is left with those that only learn: whoever takes their word for a quorum's leads on without one.
     fn seclude(&mut self) {
         let Some(leader) = self.leader() else { return };
@@ -184,19 +229,14 @@ impl World {
     /// votes against what it had acknowledged.
     fn conspire(&mut self, at: usize) {
         let Some(leader) = self.leader() else { return };
-        let voters = self.nodes[leader].store().map(|store| store.voters()).unwrap_or_default();
-        let follows = |other: usize| other != leader && voters.contains(&self.nodes[other].id);
-        let Some(deaf) = Some(at).filter(|at| follows(*at)).or_else(|| (0..self.nodes.len()).find(|at| follows(*at)))
-        else {
+        let follows = self.followers(leader);
+        let Some(deaf) = Some(at).filter(|at| follows.contains(at)).or_else(|| follows.first().copied()) else {
             return;
         };
-        let Some(forgetful) = (0..self.nodes.len()).find(|other| follows(*other) && *other != deaf) else { return };
-        let (from, to) = (self.nodes[leader].id, self.nodes[deaf].id);
-        tell!(self.trace, "nothing of {from} reaches {to}…");
-        self.network.cut(from, to);
-        self.network.cut(to, from);
+        let Some(forgetful) = follows.into_iter().find(|other| *other != deaf) else { return };
+        self.stop_hearing(leader, deaf);
         let at = self.now + self.millis(100, 250);
-        self.conspiracy = Some((at, leader, forgetful));
+        self.plot = Some((at, Plot::Forget { leader, follower: forgetful }));
     }
 
     /// A host burns down.

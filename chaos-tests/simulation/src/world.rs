@@ -15,7 +15,7 @@ use crate::network::Network;
 use crate::node::{self, Doors, Node, Setting};
 use crate::process::Process;
 use crate::trace::Trace;
-use crate::trouble::KINDS;
+use crate::trouble::{KINDS, Plot};
 use crate::{broken, tell};
 
 /// Time moves in steps of this many nanoseconds.
@@ -76,8 +76,8 @@ pub struct World {
     pub(crate) favourite: u64,
     /// One of so many troubles is of that kind.
     pub(crate) favoured: u64,
-    /// When the leader goes and that follower is damaged.
-    pub(crate) conspiracy: Option<(i64, usize, usize)>,
+    /// What comes next of what has begun, and when.
+    pub(crate) plot: Option<(i64, Plot)>,
     /// Epochs and who had them.
     epochs: BTreeMap<LogIndex, u64>,
     /// What each entry did to each object, as the first node that applied it has it.
@@ -120,7 +120,7 @@ impl World {
             drifts: chance.one_in(2),
             favourite: plan.favourite.unwrap_or_else(|| chance.below(KINDS)),
             favoured: if plan.favourite.is_some() { 2 } else { 4 },
-            conspiracy: None,
+            plot: None,
             setting,
             chance,
             trace,

@@ -34,7 +34,6 @@ fn a_seed_is_the_same_run_again() {
 
 /// The kinds of trouble that bring a mistake to light, by their numbers in `trouble.rs`.
 const CRASHES: &str = "1";
-const PAUSES: &str = "5";
 const DELAYS: &str = "11";
 const HAND_OVERS: &str = "13";
 const DAMAGE: &str = "19";
@@ -74,16 +73,6 @@ fn voting_behind_a_fence_is_found() {
 }
 
 #[test]
-fn believing_an_answer_from_before_a_pause_is_found() {
-    is_found("believes-old-answers", PAUSES, "not linearizable");
-}
-
-#[test]
 fn taking_the_word_of_those_who_only_learn_is_found() {
     is_found("counts-learners", SECLUSION, "not linearizable");
-}
-
-#[test]
-fn trusting_every_clock_is_found() {
-    is_found("trusts-all-clocks", SECLUSION, "not linearizable");
 }

@@ -220,7 +220,8 @@ impl Peer {
     ///
     /// openraft waits until the next one is due, and takes no answer for silence; whose peers are silent may append
     /// nothing. On a busy machine, or over a long line, answers are only late: each is waited for, the lease counts it for
-    /// when its heartbeat was sent, and openraft takes it for the next one's.
+    /// when its heartbeat was sent, and openraft takes it for the next one's. Not what conflicts: that is about the entry
+    /// that the heartbeat named.
     async fn beat(&mut self, request: &AppendEntriesRequest<Config>, interval: Duration) -> Reply {
         let (mut client, limits) = (self.client()?, self.limits.clone());
         let asked = self.acknowledged.stream(limits.target, self.planted);
@@ -240,7 +241,8 @@ impl Peer {
         });
         while let Some(ended) = self.heartbeats.join_next().await {
             let Ok((asked, reply)) = ended else { continue };
-            if asked == sent || (reply.is_ok() && asked.elapsed() < interval * LATE_HEARTBEATS) {
+            let tells_of_it = !matches!(reply, Err(_) | Ok(Err(StreamAppendError::Conflict(_))));
+            if asked == sent || (tells_of_it && asked.elapsed() < interval * LATE_HEARTBEATS) {
                 return reply;
             }
         }
