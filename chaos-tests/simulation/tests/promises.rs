@@ -34,7 +34,6 @@ fn a_seed_is_the_same_run_again() {
 
 /// The kinds of trouble that bring a mistake to light, by their numbers in `trouble.rs`.
 const CRASHES: &str = "1";
-const DELAYS: &str = "11";
 const HAND_OVERS: &str = "13";
 const DAMAGE: &str = "19";
 const SECLUSION: &str = "20";
@@ -54,7 +53,7 @@ fn acknowledging_before_the_sync_is_found() {
 
 #[test]
 fn reading_while_deposed_is_found() {
-    is_found("reads-while-deposed", DELAYS, "not linearizable");
+    is_found("reads-while-deposed", HAND_OVERS, "not linearizable");
 }
 
 #[test]
