@@ -24,7 +24,7 @@ pub(crate) const KINDS: u64 = 21;
 pub(crate) enum Plot {
     /// The leader goes as that follower has lost its disk.
     Forget { leader: usize, follower: usize },
-    /// The leader is alone.
+    /// The leader is left with those that only learn.
     Seclude,
 }
 
@@ -174,6 +174,7 @@ impl World {
         (0..self.nodes.len()).filter(|other| *other != leader && voters.contains(&self.nodes[*other].id)).collect()
     }
 
+    /// Nothing goes between a leader and one follower.
     fn stop_hearing(&self, leader: usize, deaf: usize) {
         let (from, to) = (self.nodes[leader].id, self.nodes[deaf].id);
         tell!(self.trace, "nothing of {from} reaches {to}…");

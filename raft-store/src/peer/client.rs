@@ -223,15 +223,11 @@ impl Peer {
     /// when its heartbeat was sent, and openraft takes it for the next one's. Not what conflicts: that is about the entry
     /// that the heartbeat named.
     async fn beat(&mut self, request: &AppendEntriesRequest<Config>, interval: Duration) -> Reply {
-        let (mut client, limits) = (self.client()?, self.limits.clone());
+        let (client, limits) = (self.client()?, self.limits.clone());
         let asked = self.acknowledged.stream(limits.target, self.planted);
         let sent = Instant::now();
         asked.asked(request.vote.leader_id().term, sent);
-        let request = futures::stream::iter([append_to_wire(request)]);
-        let call = async move {
-            let mut replies = client.append(request).await?.into_inner();
-            replies.message().await?.ok_or_else(|| tonic::Status::unavailable("no reply"))
-        };
+        let call = append_alone(client, append_to_wire(request));
         self.heartbeats.spawn(async move {
             let reply = limits.keep(RPCTypes::AppendEntries, HEARTBEAT_LIMIT, call).await.and_then(append_reply);
             if let Ok(reply) = &reply {
@@ -305,6 +301,15 @@ fn append_to_wire(request: &AppendEntriesRequest<Config>) -> wire::AppendRequest
     }
 }
 
+/// Sends one request by itself.
+async fn append_alone(
+    mut client: RaftClient<PeerChannel>,
+    request: wire::AppendRequest,
+) -> Result<wire::AppendReply, tonic::Status> {
+    let mut replies = client.append(futures::stream::iter([request])).await?.into_inner();
+    replies.message().await?.ok_or_else(|| tonic::Status::unavailable("no reply"))
+}
+
 fn append_reply(reply: wire::AppendReply) -> Reply {
     use wire::append_reply::Result as Told;
     match reply.result {
@@ -329,11 +334,7 @@ impl RaftNetworkV2<Config> for Peer {
         if !self.formats.suits(self.limits.target) {
             self.agree(&mut client).await?;
         }
-        let request = futures::stream::iter([append_to_wire(&rpc)]);
-        let call = async move {
-            let mut replies = client.append(request).await?.into_inner();
-            replies.message().await?.ok_or_else(|| tonic::Status::unavailable("no reply"))
-        };
+        let call = append_alone(client, append_to_wire(&rpc));
         let reply = self.limits.keep(RPCTypes::AppendEntries, option.hard_ttl(), call).await?;
         Ok(match append_reply(reply)? {
             Ok(accepted) if accepted == last => AppendEntriesResponse::Success,
