@@ -138,7 +138,7 @@ pub struct Lab {
     base: Ipv4Addr,
     made: State,
     guard: Guard,
-    _turn: OwnedMutexGuard<()>,
+    _turn: Option<OwnedMutexGuard<()>>,
 }
 
 impl Lab {
@@ -160,6 +160,22 @@ impl Lab {
     /// The same with more flags of `lab up`.
     pub async fn with(program: &Path, parent: &Path, hosts: u8, driver: &str, more: &[&str]) -> anyhow::Result<Self> {
         let turn = Arc::clone(&TURN).lock_owned().await;
+        Self::raised(program, parent, hosts, driver, more, Some(turn)).await
+    }
+
+    /// Three simulated hosts while this process has another lab: for what gives them work by turns.
+    pub async fn beside(program: &Path, parent: &Path) -> anyhow::Result<Self> {
+        Self::raised(program, parent, 3, "sim", &["--wait", "60"], None).await
+    }
+
+    async fn raised(
+        program: &Path,
+        parent: &Path,
+        hosts: u8,
+        driver: &str,
+        more: &[&str],
+        turn: Option<OwnedMutexGuard<()>>,
+    ) -> anyhow::Result<Self> {
         for attempt in 1.. {
             let dir = tempfile::Builder::new().prefix("xenith-test-").tempdir_in(parent)?;
             let base = next_base();

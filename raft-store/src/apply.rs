@@ -10,9 +10,10 @@ use datamodel::fields::staged;
 use datamodel::{ClassId, ClassKind as _, Key, OpaqueRef, Relation, Set, Staged, Timestamp, Value};
 
 use crate::codec::DecodeError;
+use crate::remembered::Places;
 use crate::replace::{self, Prepared, prepare, read_part, replace};
 use crate::row::{LogIndex, Row, edited};
-use crate::state::{History, Outcome, REMEMBERED_TRANSACTIONS, State, Table, Tombstone};
+use crate::state::{History, Outcome, State, Table, Tombstone};
 use crate::transaction::{Conflict, Expectation, Transaction, Write};
 
 /// Rows that an entry touched, so that they can be written to disk.
@@ -26,9 +27,10 @@ pub(crate) fn apply(
     state: &mut State,
     index: LogIndex,
     transaction: &Transaction,
+    places: &Places,
     dirty: &mut Dirty,
 ) -> Result<Outcome, DecodeError> {
-    if let Some(outcome) = state.remembered.get(&transaction.id) {
+    if let Some(outcome) = places.find(transaction.id, &state.remembered) {
         return Ok(outcome.clone());
     }
     state.tick(transaction.time);
@@ -36,7 +38,7 @@ pub(crate) fn apply(
         Ok(()) => prepare(state, transaction)?.map(|staged| write_all(state, index, transaction, staged, dirty)),
         Err(conflict) => Err(conflict),
     };
-    remember(state, transaction, &outcome);
+    places.remember(&mut state.remembered, transaction.id, outcome.clone());
     Ok(outcome)
 }
 
@@ -71,16 +73,6 @@ pub(crate) fn trim_history(
         state.tombstones.remove(&key);
         state.oldest_token = state.oldest_token.max(key.0);
         trimmed.push(key);
-    }
-}
-
-fn remember(state: &mut State, transaction: &Transaction, outcome: &Outcome) {
-    state.remembered.insert(transaction.id, outcome.clone());
-    state.remembered_order.push_back(transaction.id);
-    while state.remembered_order.len() > REMEMBERED_TRANSACTIONS {
-        if let Some(oldest) = state.remembered_order.pop_front() {
-            state.remembered.remove(&oldest);
-        }
     }
 }
 

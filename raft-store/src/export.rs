@@ -15,6 +15,7 @@ use crate::codec::{DecodeError, outcome_to_wire, row_from_wire, row_to_wire};
 use crate::disk::{Change, Column, Engine, OpenError, PURGED, Rocks, RowLoader, STATE, VOTE};
 use crate::machine::{head, row_key, tombstone_key, tombstone_to_wire};
 use crate::record;
+use crate::remembered::Places;
 use crate::row::{LogIndex, Row};
 use crate::state::State;
 use crate::store::{Member, Store};
@@ -59,13 +60,13 @@ impl Store {
         let term = self.term() + 1;
         let mut state = State::clone(&self.state());
         let consensus = |error: std::io::Error| OpenError::Consensus(error.to_string());
-        let mut dirty = Dirty::new();
+        let (mut dirty, places) = (Dirty::new(), Places::of(&state.remembered));
         for entry in self.disk().entries(state.applied.0.saturating_add(1), u64::MAX).map_err(consensus)? {
             let index = LogIndex(entry.log_id().index());
             if let EntryPayload::Normal(batch) = &entry.payload {
                 for transaction in batch.transactions.iter() {
                     // A conflict is an outcome, too.
-                    let _ = apply(&mut state, index, transaction, &mut dirty);
+                    let _ = apply(&mut state, index, transaction, &places, &mut dirty);
                 }
             }
             state.applied = index;
@@ -73,7 +74,7 @@ impl Store {
         let begin = LogIndex(state.applied.0.saturating_add(GAP));
         state.applied = begin;
         let (member, transaction) = decide(begin, &state);
-        if let Err(conflict) = apply(&mut state, begin, &transaction, &mut dirty) {
+        if let Err(conflict) = apply(&mut state, begin, &transaction, &places, &mut dirty) {
             return Err(OpenError::Consensus(conflict.to_string()));
         }
         let dir = dir.to_owned();
@@ -99,11 +100,8 @@ fn write(dir: &Path, state: &State, member: &Member, term: u64) -> Result<(), Op
             put(Column::Tombstones, &tombstone_key(key), stored.encode_to_vec());
         }
     }
-    for (sequence, id) in (0_u64..).zip(&state.remembered_order) {
-        if let Some(outcome) = state.remembered.get(id) {
-            let stored = outcome_to_wire(*id, sequence, outcome).encode_to_vec();
-            put(Column::Outcomes, &sequence.to_be_bytes(), stored);
-        }
+    for (sequence, (id, outcome)) in (0_u64..).zip(state.remembered.iter()) {
+        put(Column::Outcomes, &sequence.to_be_bytes(), outcome_to_wire(*id, sequence, outcome).encode_to_vec());
     }
     let id = LogId::new(LeaderId::new(term, member.node_id).to_committed(), state.applied.0);
     let nodes = [(member.node_id, member.node())];

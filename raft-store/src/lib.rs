@@ -17,6 +17,7 @@ mod planted;
 mod proposer;
 mod readmit;
 mod record;
+mod remembered;
 mod replace;
 mod row;
 mod state;

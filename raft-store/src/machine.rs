@@ -29,8 +29,9 @@ use crate::disk::{Change, Column, Job, STATE, Stored, Writer};
 use crate::offload;
 use crate::planted::Planted;
 use crate::record;
+use crate::remembered::{Places, REMEMBERED_TRANSACTIONS};
 use crate::row::LogIndex;
-use crate::state::{ChangeKey, History, State};
+use crate::state::{ChangeKey, History, Outcome, State};
 use crate::types::{Config, LogId, Outcomes, Snapshot, SnapshotMeta, StoredMembership};
 
 /// A snapshot: nothing but a state, and what it was made of.
@@ -49,6 +50,8 @@ pub(crate) struct Machine {
     pub(crate) applied: watch::Sender<LogIndex>,
     /// The index of the newest entry that took office in its term, by term: `(term, index)`.
     pub(crate) office: watch::Sender<(u64, LogIndex)>,
+    /// Where the outcomes of the state stand. Changed with the state, under the lock of `inner`, or ahead of it.
+    places: Places,
     history: History,
     writer: Arc<Writer>,
     planted: Option<Planted>,
@@ -63,7 +66,7 @@ struct Inner {
     dirty: Dirty,
     buried: HashSet<ChangeKey>,
     trimmed: Vec<ChangeKey>,
-    outcomes: Vec<Uuid>,
+    outcomes: Vec<(Uuid, Outcome)>,
     /// Everything on disk is of another history: a snapshot came in.
     replaced: bool,
     /// The pool's format is newer than what is on disk says.
@@ -74,7 +77,8 @@ struct Inner {
 
 impl Machine {
     pub(crate) fn new(stored: Stored, history: History, writer: Arc<Writer>, planted: Option<Planted>) -> Self {
-        let remembered = stored.state.remembered_order.len() as u64;
+        let remembered = stored.state.remembered.len() as u64;
+        let places = Places::of(&stored.state.remembered);
         let (applied, _) = watch::channel(stored.state.applied);
         let (office, _) = watch::channel((0, LogIndex(0)));
         Self {
@@ -82,6 +86,7 @@ impl Machine {
             applied,
             office,
             handover: tokio::sync::Mutex::new(()),
+            places,
             history,
             writer,
             planted,
@@ -120,6 +125,12 @@ impl Machine {
         outcome.await.map_err(io::Error::other)?
     }
 
+    /// What became of a transaction, as far as is remembered.
+    pub(crate) fn outcome(&self, transaction: Uuid) -> Option<Outcome> {
+        let _still = self.inner.lock();
+        self.places.find(transaction, &self.state.load().remembered).cloned()
+    }
+
     /// Everything that has to be written, from one consistent moment.
     fn unwritten(&self) -> Option<(Arc<State>, Work)> {
         let mut inner = self.inner.lock();
@@ -136,7 +147,7 @@ struct Work {
     dirty: Dirty,
     buried: HashSet<ChangeKey>,
     trimmed: Vec<ChangeKey>,
-    outcomes: Vec<Uuid>,
+    outcomes: Vec<(Uuid, Outcome)>,
     first_sequence: u64,
     forgotten: std::ops::Range<u64>,
     replaced: bool,
@@ -157,11 +168,9 @@ impl Work {
             out.extend(work.buried.iter().filter_map(|key| tombstone_job(state, key)));
             out.extend(work.trimmed.iter().map(|key| Change::Delete(Column::Tombstones, tombstone_key(key))));
         }
-        for (sequence, id) in (work.first_sequence..).zip(&work.outcomes) {
-            if let Some(outcome) = state.remembered.get(id) {
-                let stored = outcome_to_wire(*id, sequence, outcome).encode_to_vec();
-                out.push(Change::Put(Column::Outcomes, sequence.to_be_bytes().to_vec(), stored));
-            }
+        for (sequence, (id, outcome)) in (work.first_sequence..).zip(&work.outcomes) {
+            let stored = outcome_to_wire(*id, sequence, outcome).encode_to_vec();
+            out.push(Change::Put(Column::Outcomes, sequence.to_be_bytes().to_vec(), stored));
         }
         out.extend(work.forgotten.map(|sequence| Change::Delete(Column::Outcomes, sequence.to_be_bytes().to_vec())));
         let stored = wire::StoredState {
@@ -180,7 +189,7 @@ impl Inner {
         let outcomes = std::mem::take(&mut self.outcomes);
         let first_sequence = self.next_outcome;
         self.next_outcome += outcomes.len() as u64;
-        let keep_from = self.next_outcome.saturating_sub(crate::state::REMEMBERED_TRANSACTIONS as u64);
+        let keep_from = self.next_outcome.saturating_sub(REMEMBERED_TRANSACTIONS as u64);
         let forgotten = self.first_outcome..keep_from.max(self.first_outcome);
         self.first_outcome = forgotten.end;
         self.raised = false;
@@ -284,24 +293,26 @@ impl RaftStateMachine<Config> for StateMachine {
                 EntryPayload::Blank => office = Some((**id.committed_leader_id(), index)),
                 EntryPayload::Normal(batch) => {
                     for transaction in batch.transactions.iter() {
-                        if !state.remembered.contains_key(&transaction.id()) {
-                            remembered.push(transaction.id());
-                        }
+                        let known = state.remembered.end();
                         let outcome = if takes_long(transaction) {
                             // Later entries wait for it. Heartbeats and votes, which this thread is for, do not.
                             let (mut made, mut touched) = (std::mem::take(&mut state), std::mem::take(&mut dirty));
-                            let transaction = transaction.clone();
+                            let (machine, transaction) = (Arc::clone(&self.0), transaction.clone());
                             let applied = offload::blocking(move || {
-                                let outcome = apply(&mut made, index, &transaction, &mut touched);
+                                let outcome = apply(&mut made, index, &transaction, &machine.places, &mut touched);
                                 (outcome, made, touched)
                             });
                             let outcome;
                             (outcome, state, dirty) = applied.await?;
                             outcome
                         } else {
-                            apply(&mut state, index, transaction, &mut dirty)
+                            apply(&mut state, index, transaction, &self.0.places, &mut dirty)
                         };
-                        outcomes.0.push(outcome.map_err(io::Error::other)?);
+                        let outcome = outcome.map_err(io::Error::other)?;
+                        if state.remembered.end() > known {
+                            remembered.push((transaction.id(), outcome.clone()));
+                        }
+                        outcomes.0.push(outcome);
                     }
                     if batch.format > state.format {
                         tracing::info!(format = batch.format, %index, "the pool is at a newer format from here on");
@@ -361,6 +372,7 @@ impl RaftStateMachine<Config> for StateMachine {
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: StateSnapshot) -> Result<(), io::Error> {
         let applied = snapshot.0.applied;
+        let places = Places::of(&snapshot.0.remembered);
         {
             let mut inner = self.0.inner.lock();
             inner.last_applied = meta.last_log_id;
@@ -368,8 +380,9 @@ impl RaftStateMachine<Config> for StateMachine {
             inner.dirty.clear();
             inner.buried.clear();
             inner.trimmed.clear();
-            inner.outcomes = snapshot.0.remembered_order.iter().copied().collect();
+            inner.outcomes = snapshot.0.remembered.iter().cloned().collect();
             inner.replaced = true;
+            self.0.places.become_those(places);
             self.0.state.store(snapshot.0);
         }
         // The leader counts on it from now on, and the entries that made it may never come here.

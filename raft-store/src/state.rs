@@ -7,10 +7,10 @@
 use std::sync::Arc;
 
 use datamodel::{ClassId, ClassKind, OpaqueRef, Ref, Timestamp, model};
-use imbl::{HashMap, OrdMap, Vector};
-use uuid::Uuid;
+use imbl::{HashMap, OrdMap};
 
 use crate::indexes::{Names, Uuids};
+use crate::remembered::Remembered;
 use crate::replace::Fresh;
 use crate::row::{LogIndex, Row};
 use crate::transaction::{Conflict, Transaction};
@@ -33,9 +33,6 @@ impl Default for History {
         Self { entries: 100_000, seconds: 3600 }
     }
 }
-
-/// So many transaction ids are remembered, so that a repeated one is answered and not applied again.
-pub(crate) const REMEMBERED_TRANSACTIONS: usize = 100_000;
 
 #[derive(Clone, Default)]
 pub(crate) struct Table {
@@ -72,8 +69,7 @@ pub struct State {
     pub(crate) changes: OrdMap<ChangeKey, ()>,
     pub(crate) tombstones: OrdMap<ChangeKey, Tombstone>,
     pub(crate) oldest_token: LogIndex,
-    pub(crate) remembered: HashMap<Uuid, Outcome>,
-    pub(crate) remembered_order: Vector<Uuid>,
+    pub(crate) remembered: Remembered,
     /// What parts of a replacement have in them, read when they came, so that the replacement itself is quick. A part
     /// that is not here is read then.
     pub(crate) staged: HashMap<OpaqueRef, Arc<[Fresh]>>,
@@ -117,8 +113,7 @@ impl Default for State {
             changes: OrdMap::new(),
             tombstones: OrdMap::new(),
             oldest_token: LogIndex(0),
-            remembered: HashMap::new(),
-            remembered_order: Vector::new(),
+            remembered: Remembered::default(),
             staged: HashMap::new(),
         }
     }
@@ -242,12 +237,6 @@ impl State {
     #[must_use]
     pub const fn clock(&self) -> Timestamp {
         self.clock
-    }
-
-    /// What became of a transaction, as far as is remembered.
-    #[must_use]
-    pub fn outcome(&self, transaction: Uuid) -> Option<Result<LogIndex, Conflict>> {
-        self.remembered.get(&transaction).cloned()
     }
 }
 

@@ -350,7 +350,7 @@ impl Store {
             Ok(Ok(_)) => {}
             Ok(Err(_)) | Err(_) => return Err(CommitError::Unknown),
         }
-        match self.state().outcome(id) {
+        match self.shared.machine.outcome(id) {
             Some(outcome) => Ok(outcome?),
             None => Err(self.not_leader().into()),
         }

@@ -17,6 +17,10 @@ use clap::{CommandFactory, Parser};
 
 use crate::cli::{Cli, Command, Shell};
 
+/// A controller's work is small pieces of memory that one thread makes and another gives back.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Controller(flags) if flags.witness => daemon::witness(&flags),

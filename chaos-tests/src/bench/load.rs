@@ -91,6 +91,12 @@ impl Rounds {
         median(self.0.iter().map(Round::rate))
     }
 
+    /// How many operations there were for each of the peer's: the median over the rounds, each beside the peer's of the
+    /// same turn. What else the machine does changes from one minute to the next, and meets both of a turn.
+    pub fn beside(&self, peer: &Self) -> f64 {
+        median(self.0.iter().zip(&peer.0).map(|(own, other)| own.rate() / other.rate()))
+    }
+
     /// Milliseconds that this share of all operations of all rounds did not exceed.
     pub fn latency(&self, share: f64) -> f64 {
         let mut rounds = self.0.iter();

@@ -12,6 +12,7 @@ pub mod failover;
 pub mod load;
 pub mod machine;
 pub mod machines;
+pub mod peer;
 pub mod pool;
 pub mod report;
 pub mod restore;

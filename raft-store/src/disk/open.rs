@@ -259,8 +259,7 @@ impl RowLoader {
 
     pub(crate) fn outcome(&mut self, stored: &wire::StoredOutcome) -> Result<(), DecodeError> {
         let (id, outcome) = outcome_from_wire(stored)?;
-        self.state.remembered.insert(id, outcome);
-        self.state.remembered_order.push_back(id);
+        self.state.remembered.push(id, outcome);
         Ok(())
     }
 }

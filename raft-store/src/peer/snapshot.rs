@@ -57,9 +57,7 @@ impl Iterator for Frames {
             }
             Next::Rows(table, after) => Some(Frame::Rows(self.rows(table, after))),
             Next::Tombstones(after) => Some(Frame::Rows(self.tombstones(after))),
-            Next::Outcomes(from) if from < self.state().remembered_order.len() => {
-                Some(Frame::Rows(self.outcomes(from)))
-            }
+            Next::Outcomes(from) if from < self.state().remembered.len() => Some(Frame::Rows(self.outcomes(from))),
             Next::Outcomes(_) => Some(Frame::End(wire::SnapshotEnd { rows: self.rows, checksum: self.checksum.0 })),
             Next::Over => None,
         }
@@ -115,10 +113,10 @@ impl Frames {
 
     fn outcomes(&mut self, from: usize) -> wire::RowBatch {
         let state = self.state();
-        let end = state.remembered_order.len().min(from + IN_A_FRAME);
+        let end = state.remembered.len().min(from + IN_A_FRAME);
         let outcome = |place: usize| {
-            let id = state.remembered_order.get(place)?;
-            Some(outcome_to_wire(*id, place as u64, state.remembered.get(id)?))
+            let (id, outcome) = state.remembered.nth(place)?;
+            Some(outcome_to_wire(*id, place as u64, outcome))
         };
         self.next = Next::Outcomes(end);
         wire::RowBatch { outcomes: (from..end).filter_map(outcome).collect(), ..Default::default() }
