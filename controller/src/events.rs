@@ -160,7 +160,8 @@ async fn wait(
     let deadline = tokio::time::Instant::now() + limit;
     let mut scanned = after;
     // ORDER: waiting first, then looking, or what happens between the two is told to nobody.
-    let waiter = call.shared.waiting.join(subscription.interests(call.session));
+    let now = call.shared.store.state().applied;
+    let waiter = call.shared.waiting.join(subscription.interests(call.session), now);
     loop {
         leadership.borrow_and_update();
         let over = tokio::time::Instant::now() >= deadline;

@@ -16,7 +16,6 @@ use chaos_tests::lab::Lab;
 use clap::Parser;
 use tokio::process::Command;
 
-const CLIENTS: [usize; 3] = [1, 16, 64];
 /// The peer takes seconds for each.
 const PEER_KILLS: u64 = 20;
 
@@ -56,6 +55,9 @@ struct Flags {
     /// Measure virtual machines and disks alone
     #[arg(long, conflicts_with_all = ["only_scale", "only_restore"])]
     only_real: bool,
+    /// How many clients write and read at once, one load for each number
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', default_values_t = [1, 16, 64])]
+    clients: Vec<usize>,
     /// Measure writes and reads alone
     #[arg(long, conflicts_with_all = ["only_scale", "only_restore", "only_real", "write"])]
     only_loads: bool,
@@ -114,7 +116,7 @@ async fn main() -> anyhow::Result<()> {
 
     eprintln!("starting the pool in {}", flags.dir.display());
     let mut pool = Peer::Pool(Pool::start(&program, &flags.dir).await?);
-    let (writes, reads) = loads(&run, &mut pool, peer.as_mut()).await?;
+    let (writes, reads) = loads(&run, &flags.clients, &mut pool, peer.as_mut()).await?;
     report.add(&report::writes(&writes, name))?;
     report.add(&report::reads(&reads, name))?;
     let (Peer::Pool(mut pool), false) = (pool, flags.only_loads) else { return Ok(()) };
@@ -190,10 +192,15 @@ async fn real(flags: &Flags, program: &Path) -> anyhow::Result<Real> {
 }
 
 /// Writes and reads, at both peers by turns.
-async fn loads(run: &Run, pool: &mut Peer, mut peer: Option<&mut Peer>) -> anyhow::Result<(Vec<Load>, Vec<Load>)> {
+async fn loads(
+    run: &Run,
+    clients: &[usize],
+    pool: &mut Peer,
+    mut peer: Option<&mut Peer>,
+) -> anyhow::Result<(Vec<Load>, Vec<Load>)> {
     let measured = Duration::from_secs_f64(run.seconds);
     let empty = |clients| Load { clients, pool: Rounds::default(), peer: peer.as_ref().map(|_| Rounds::default()) };
-    let mut writes: Vec<_> = CLIENTS.into_iter().map(empty).collect();
+    let mut writes: Vec<_> = clients.iter().copied().map(empty).collect();
     let mut reads = writes.clone();
     let mut number = 0;
     for turn in 1..=run.rounds {
