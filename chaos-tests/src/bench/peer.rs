@@ -14,7 +14,7 @@ pub enum Peer {
     /// Three nodes of etcd.
     Etcd(Etcd),
     /// Three hosts.
-    Pool(Pool),
+    Pool(Box<Pool>),
 }
 
 impl Peer {

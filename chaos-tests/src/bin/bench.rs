@@ -115,7 +115,7 @@ async fn main() -> anyhow::Result<()> {
     report.add(&report::head(&machine, &run))?;
 
     eprintln!("starting the pool in {}", flags.dir.display());
-    let mut pool = Peer::Pool(Pool::start(&program, &flags.dir).await?);
+    let mut pool = Peer::Pool(Box::new(Pool::start(&program, &flags.dir).await?));
     let (writes, reads) = loads(&run, &flags.clients, &mut pool, peer.as_mut()).await?;
     report.add(&report::writes(&writes, name))?;
     report.add(&report::reads(&reads, name))?;
@@ -152,7 +152,11 @@ async fn main() -> anyhow::Result<()> {
 async fn beside(flags: &Flags) -> anyhow::Result<(Option<Peer>, &'static str, String)> {
     if let Some(other) = &flags.against {
         let version = version_of(other).await?;
-        return Ok((Some(Peer::Pool(Pool::over(Lab::beside(other, &flags.dir).await?).await?)), "the other", version));
+        return Ok((
+            Some(Peer::Pool(Box::new(Pool::over(Lab::beside(other, &flags.dir).await?).await?))),
+            "the other",
+            version,
+        ));
     }
     match etcd::program().filter(|_| !flags.no_etcd) {
         Some(program) => {
