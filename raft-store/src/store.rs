@@ -197,6 +197,7 @@ impl Store {
             losses: telling,
             formats: formats.clone(),
             acknowledged: acknowledged.clone(),
+            lease: config.election.1,
             planted: config.planted,
         };
         let raft = Raft::new(config.node_id, raft_config, network, log, StateMachine(Arc::clone(&machine)))

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use datamodel::fields::network;
 use datamodel::{ClassId, ClassKind, OpaqueRef, Ref, Timestamp};
@@ -12,7 +13,8 @@ use uuid::Uuid;
 
 use crate::chance::Chance;
 use crate::kernel;
-use crate::line::{Line, Surroundings};
+use crate::line::{Line, Seclusion, Surroundings};
+use crate::network::Place;
 use crate::node::{Ask, Told};
 use crate::registers::Registers;
 use crate::{broken, tell};
@@ -20,6 +22,10 @@ use crate::{broken, tell};
 /// The class whose objects are written: any would do.
 type Object = datamodel::Network;
 const CLASS: ClassId = <Object as ClassKind>::ID;
+/// Who has been waiting for a leader to be left alone looks whether it is time to end.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// Who hurries waits no longer for an answer.
+const IN_A_HURRY: Duration = Duration::from_millis(12);
 /// So many objects are written and read by everybody.
 const REGISTERS: u128 = 4;
 
@@ -93,6 +99,30 @@ impl Clients {
                 4..=6 => client.read().await,
                 7..=8 => client.make().await,
                 _ => client.delete().await,
+            }
+        }
+    }
+
+    /// Whenever a leader is left alone, one client reads from it and another writes to those who may follow it in office,
+    /// both without rest: that it has been followed shows in milliseconds, if at all.
+    pub async fn watch_the_secluded(self, name: u64, chance: Chance, reads: bool) {
+        let mut client = self.client(name, chance);
+        let mut seclusion = self.all.seclusion.clone();
+        while kernel::now() < self.all.ends {
+            if !matches!(tokio::time::timeout(LOOK_AGAIN, seclusion.changed()).await, Ok(Ok(()))) {
+                continue;
+            }
+            let Seclusion { leader, others, from, until } = seclusion.borrow_and_update().clone();
+            let sleeps = u64::try_from(from - kernel::now()).unwrap_or(0);
+            tokio::time::sleep(Duration::from_nanos(sleeps)).await;
+            while kernel::now() < until {
+                if reads {
+                    client.read_of(leader).await;
+                } else if !others.is_empty() {
+                    let other = others[client.line.chance.index(others.len())];
+                    client.write_to(other).await;
+                }
+                tokio::time::sleep(client.line.chance.millis(1, 3)).await;
             }
         }
     }
@@ -230,7 +260,31 @@ impl Client {
 
     async fn read(&mut self) {
         let began = kernel::now();
-        let Some(Told::State(Ok(state))) = self.ask(Ask::Read).await else { return };
+        let told = self.ask(Ask::Read).await;
+        self.remember_read(began, told);
+    }
+
+    async fn read_of(&mut self, node: Place) {
+        let began = kernel::now();
+        let told = self.line.ask_of(node, Ask::Read, IN_A_HURRY).await;
+        self.remember_read(began, told);
+    }
+
+    async fn write_to(&mut self, node: Place) {
+        let number = u128::from(self.line.chance.next()) % REGISTERS;
+        let value = self.value();
+        let mut transaction = self.transaction();
+        transaction.set(register(number), network::NAME_LABEL, value.clone());
+        let began = kernel::now();
+        match self.line.ask_of(node, Ask::Commit(transaction), IN_A_HURRY).await {
+            Some(Told::Committed(Ok(_))) => self.remember(number, began, true, value, true),
+            Some(Told::Committed(Err(CommitError::NotLeader(_) | CommitError::Overloaded))) => {}
+            _ => self.remember(number, began, false, value, true),
+        }
+    }
+
+    fn remember_read(&self, began: i64, told: Option<Told>) {
+        let Some(Told::State(Ok(state))) = told else { return };
         for number in 0..REGISTERS {
             let Some(row) = state.row(register(number)) else { continue };
             self.remember(number, began, true, row.name_label().to_owned(), false);

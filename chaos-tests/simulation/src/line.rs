@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use crate::chance::Chance;
 use crate::network::{Network, Place};
 use crate::node::{Ask, Doors, Told};
@@ -9,6 +11,19 @@ use crate::trace::Trace;
 
 /// Where the clients are on the network.
 pub(crate) const PLACE: Place = 1_000;
+
+/// A leader that the other voters do not hear, and until when.
+#[derive(Debug, Clone, Default)]
+pub struct Seclusion {
+    /// It, if it is still one.
+    pub leader: Place,
+    /// Who may follow it in office.
+    pub others: Vec<Place>,
+    /// From then on it may have been followed…
+    pub from: i64,
+    /// …and by then it knows.
+    pub until: i64,
+}
 
 /// What all clients of a run share.
 #[derive(Clone)]
@@ -19,6 +34,8 @@ pub struct Surroundings {
     pub doors: Doors,
     /// The story.
     pub trace: Trace,
+    /// The last time that a leader was left alone.
+    pub seclusion: watch::Receiver<Seclusion>,
     /// They begin nothing new after this moment.
     pub ends: i64,
     /// So many entries, at least, every deletion is remembered for.
@@ -59,6 +76,11 @@ impl Line {
             self.turn(None);
         }
         told
+    }
+
+    /// Asks that node, whatever it has answered before.
+    pub async fn ask_of(&self, node: Place, ask: Ask, limit: Duration) -> Option<Told> {
+        self.all.doors.ask(&self.all.network, PLACE, node, ask, limit).await
     }
 
     /// Whom to ask next: who is said to know, or anybody.

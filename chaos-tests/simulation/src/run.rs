@@ -21,6 +21,8 @@ const MILLI: i64 = 1_000_000;
 const REST: i64 = 60_000;
 const WORKERS: u64 = 4;
 const FOLLOWERS: u64 = 2;
+/// Who looks what becomes of a leader that is left alone: one reads, one writes.
+const HURRIED: u64 = 2;
 
 /// What came of a run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +83,9 @@ impl Users {
 
     async fn live(&self, name: u64, chance: Chance) {
         match self {
+            Self::Clients(clients) if name > WORKERS + FOLLOWERS => {
+                clients.clone().watch_the_secluded(name, chance, name == WORKERS + FOLLOWERS + 1).await;
+            }
             Self::Clients(clients) if name > WORKERS => clients.clone().follow(name, chance).await,
             Self::Clients(clients) => clients.clone().write_and_read(name, chance).await,
             Self::Callers(callers, hosts) if name > WORKERS + FOLLOWERS => {
@@ -115,6 +120,7 @@ fn live(plan: Plan, trace: &Trace) -> u64 {
         network: world.network.clone(),
         doors: world.doors.clone(),
         trace: trace.clone(),
+        seclusion: world.seclusion.subscribe(),
         ends,
         history: world.history(),
     };
@@ -123,7 +129,7 @@ fn live(plan: Plan, trace: &Trace) -> u64 {
         None => Users::Clients(Clients::new(all)),
     });
     let mut chance = Chance::new(plan.seed ^ 0xc11e);
-    let many = WORKERS + FOLLOWERS + u64::from(plan.controllers);
+    let many = WORKERS + FOLLOWERS + if plan.controllers { 1 } else { HURRIED };
     let working = Arc::new(AtomicU64::new(many));
     let chances: Vec<Chance> = (0..=many).map(|_| chance.fork()).collect();
     let (all, counted) = (Arc::clone(&users), Arc::clone(&working));

@@ -10,7 +10,7 @@ use raft_store::Leadership;
 
 use crate::agents;
 use crate::disk::Moment;
-use crate::line;
+use crate::line::{self, Seclusion};
 use crate::node::{Ask, Change};
 use crate::tell;
 use crate::world::{MILLI, World};
@@ -211,6 +211,9 @@ impl World {
             self.nodes.iter().map(|node| node.id).filter(|id| *id == one || !voters.contains(id)).collect();
         tell!(self.trace, "{side:?}, the leader {one} and learners, are apart from the others");
         self.part(&side);
+        let others = voters.into_iter().filter(|id| *id != one).collect();
+        let (from, until) = (self.now + 150 * MILLI, self.now + 500 * MILLI);
+        self.seclusion.send_replace(Seclusion { leader: one, others, from, until });
         let mend_at = self.now + self.millis(1_500, 6_000);
         self.mend_at.get_or_insert(mend_at);
     }

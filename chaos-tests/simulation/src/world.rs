@@ -6,11 +6,13 @@ use std::sync::Arc;
 use controller::VoterPolicy;
 use datamodel::{ClassId, OpaqueRef};
 use raft_store::{ChangeKind, History, Leadership, LogIndex, Member, Planted, Store};
+use tokio::sync::watch;
 
 use crate::agents::Hosts;
 use crate::chance::Chance;
 use crate::disk::{Disk, Leaders};
 use crate::kernel;
+use crate::line::Seclusion;
 use crate::network::Network;
 use crate::node::{self, Doors, Node, Setting};
 use crate::process::Process;
@@ -21,8 +23,9 @@ use crate::{broken, tell};
 /// Time moves in steps of this many nanoseconds.
 const STEP: i64 = 1_000_000;
 pub(crate) const MILLI: i64 = 1_000_000;
-/// By so many millionths a clock runs too fast or too slow, at most: less than the margin of a lease, which is a quarter.
-const FASTEST: u64 = 100_000;
+/// By so many millionths a clock runs too fast or too slow, at most: the fastest is not quite a third faster than the
+/// slowest, which is what the margin of a lease, a quarter, is for.
+const FASTEST: u64 = 140_000;
 
 /// How a run is made.
 #[derive(Debug, Clone, Copy)]
@@ -76,6 +79,8 @@ pub struct World {
     pub(crate) favourite: u64,
     /// One of so many troubles is of that kind.
     pub(crate) favoured: u64,
+    /// The last time that a leader was left alone.
+    pub(crate) seclusion: watch::Sender<Seclusion>,
     /// What comes next of what has begun, and when.
     pub(crate) plot: Option<(i64, Plot)>,
     /// Epochs and who had them.
@@ -120,6 +125,7 @@ impl World {
             drifts: chance.one_in(2),
             favourite: plan.favourite.unwrap_or_else(|| chance.below(KINDS)),
             favoured: if plan.favourite.is_some() { 2 } else { 4 },
+            seclusion: watch::Sender::default(),
             plot: None,
             setting,
             chance,

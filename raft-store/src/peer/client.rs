@@ -44,8 +44,6 @@ const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 /// A heartbeat's answer that comes later than this is not waited for: a read that needs it has given up by then.
 const HEARTBEAT_LIMIT: Duration = Duration::from_secs(2);
-/// An answer is late by so many heartbeats at most: a lease.
-const LATE_HEARTBEATS: u32 = 6;
 const LARGEST_MESSAGE: usize = 64 << 20;
 
 /// What a member shows its peers, and what it asks them to show. PEM texts.
@@ -131,6 +129,8 @@ pub(crate) struct PeerFactory {
     pub(crate) losses: mpsc::Sender<Loss>,
     pub(crate) formats: Formats,
     pub(crate) acknowledged: Acknowledged,
+    /// How late a heartbeat's answer may be and still be told to openraft.
+    pub(crate) lease: Duration,
     pub(crate) planted: Option<Planted>,
 }
 
@@ -153,6 +153,7 @@ impl RaftNetworkFactory<Config> for PeerFactory {
             failures: 0,
             limits: Limits { target, losses: self.losses.clone() },
             acknowledged: self.acknowledged.clone(),
+            lease: self.lease,
             heartbeats: JoinSet::new(),
             planted: self.planted,
         }
@@ -167,6 +168,7 @@ pub(crate) struct Peer {
     failures: u32,
     limits: Limits,
     acknowledged: Acknowledged,
+    lease: Duration,
     /// When those were sent whose answers may still come.
     heartbeats: JoinSet<(Instant, Reply)>,
     planted: Option<Planted>,
@@ -222,7 +224,7 @@ impl Peer {
     /// nothing. On a busy machine, or over a long line, answers are only late: each is waited for, the lease counts it for
     /// when its heartbeat was sent, and openraft takes it for the next one's. Not what conflicts: that is about the entry
     /// that the heartbeat named.
-    async fn beat(&mut self, request: &AppendEntriesRequest<Config>, interval: Duration) -> Reply {
+    async fn beat(&mut self, request: &AppendEntriesRequest<Config>) -> Reply {
         let (client, limits) = (self.client()?, self.limits.clone());
         let asked = self.acknowledged.stream(limits.target, self.planted);
         let sent = Instant::now();
@@ -238,7 +240,7 @@ impl Peer {
         while let Some(ended) = self.heartbeats.join_next().await {
             let Ok((asked, reply)) = ended else { continue };
             let tells_of_it = !matches!(reply, Err(_) | Ok(Err(StreamAppendError::Conflict(_))));
-            if asked == sent || (tells_of_it && asked.elapsed() < interval * LATE_HEARTBEATS) {
+            if asked == sent || (tells_of_it && asked.elapsed() < self.lease) {
                 return reply;
             }
         }
@@ -356,7 +358,7 @@ impl RaftNetworkV2<Config> for Peer {
             let Some(first) = input.next().await else { return Ok(futures::stream::empty().boxed()) };
             // A stream of entries does not know its end.
             if first.entries.is_empty() && input.size_hint().1 == Some(0) {
-                let reply = self.beat(&first, option.hard_ttl()).await;
+                let reply = self.beat(&first).await;
                 return Ok(futures::stream::iter([reply]).boxed());
             }
             let input = futures::stream::iter([first]).chain(input);
