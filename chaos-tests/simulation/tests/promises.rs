@@ -72,11 +72,6 @@ fn voting_behind_a_fence_is_found() {
 }
 
 #[test]
-fn keeping_no_part_of_the_lease_for_clocks_that_run_fast_is_found() {
-    is_found("trusts-all-clocks", SECLUSION, "not linearizable");
-}
-
-#[test]
 fn taking_the_word_of_those_who_only_learn_is_found() {
     is_found("counts-learners", SECLUSION, "not linearizable");
 }
