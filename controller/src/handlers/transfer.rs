@@ -23,6 +23,7 @@ const PIECE: usize = 64 << 10;
 const WAITING_PIECES: usize = 8;
 /// A client that takes nothing for this long is given up.
 const STALLED: Duration = Duration::from_secs(60);
+const NOT_TAKEN: &str = "the client takes no more";
 
 /// A request that may be served: who asks, for what, and under which task.
 pub(crate) struct Transfer {
@@ -78,6 +79,10 @@ impl Transfer {
                 outlet.flush_open()
             });
             let written = writing.await.unwrap_or_else(|_| Err(io::Error::other("a defect of the server")));
+            let written = match written {
+                Ok(()) => all_taken(&pieces).await,
+                failed => failed,
+            };
             let outcome = written.map_err(|error| {
                 tracing::info!(%error, "a download did not come to its end");
                 if cancel.is_cancelled() {
@@ -133,6 +138,18 @@ impl Transfer {
     }
 }
 
+/// Waits until the client has taken every piece: one that hangs up before has not got what it asked for, however small
+/// it was.
+async fn all_taken(pieces: &mpsc::Sender<io::Result<Bytes>>) -> io::Result<()> {
+    for free in 1..=pieces.max_capacity() {
+        match tokio::time::timeout(STALLED, pieces.reserve_many(free)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => return Err(io::Error::other(NOT_TAKEN)),
+        }
+    }
+    Ok(())
+}
+
 /// The first value of a parameter.
 pub(crate) fn parameter<'q>(query: &'q [(String, String)], name: &str) -> Option<&'q str> {
     query.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
@@ -156,7 +173,7 @@ impl Outlet {
             return Ok(());
         }
         let sent = self.runtime.block_on(self.pieces.send_timeout(Ok(piece), STALLED));
-        sent.map_err(|_| io::Error::other("the client takes no more"))
+        sent.map_err(|_| io::Error::other(NOT_TAKEN))
     }
 }
 
