@@ -35,6 +35,8 @@ const PACE: Duration = Duration::from_millis(8);
 const KEY_PACE: Duration = Duration::from_millis(40);
 const MAKING_PACE: Duration = Duration::from_millis(50);
 const OPERATION_PACE: Duration = Duration::from_millis(30);
+/// So much more slowly the clients work while nothing but time passes: of minutes at full speed the record has gigabytes.
+const LEISURE: u32 = 25;
 /// After a call that was not served.
 const PAUSE: Duration = Duration::from_millis(15);
 /// Longer than any pause of a host in these tests, so that its answers from after the pause are seen.
@@ -64,6 +66,7 @@ struct View {
 struct Run {
     start: Instant,
     stop: Arc<AtomicBool>,
+    leisurely: Arc<AtomicBool>,
     acknowledged: Arc<AtomicU64>,
     objects: Arc<[String; OBJECTS]>,
     template: Arc<str>,
@@ -72,6 +75,11 @@ struct Run {
 impl Run {
     fn goes_on(&self) -> bool {
         !self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Waits for a client's next call.
+    async fn pace(&self, usual: Duration) {
+        sleep(usual * if self.leisurely.load(Ordering::Relaxed) { LEISURE } else { 1 }).await;
     }
 
     /// A call, and when it was under way.
@@ -104,6 +112,7 @@ impl Load {
         let run = Run {
             start: Instant::now(),
             stop: Arc::default(),
+            leisurely: Arc::default(),
             acknowledged: Arc::default(),
             objects: Arc::new([one, two]),
             template: template.into(),
@@ -142,6 +151,13 @@ impl Load {
             sleep(PAUSE).await;
         }
         Ok(())
+    }
+
+    /// Lets time pass, in which the clients go on slowly.
+    pub async fn at_leisure(&self, passes: Duration) {
+        self.run.leisurely.store(true, Ordering::Relaxed);
+        sleep(passes).await;
+        self.run.leisurely.store(false, Ordering::Relaxed);
     }
 
     /// How many writes were acknowledged so far.
@@ -305,7 +321,7 @@ async fn write(run: Run, mut client: Client, object: usize, writer: usize) -> an
         writes.push((value, span, outcome));
         if outcome == Outcome::Done {
             run.acknowledged.fetch_add(1, Ordering::Relaxed);
-            sleep(PACE).await;
+            run.pace(PACE).await;
         } else {
             client.turn_to_next();
             sleep(PAUSE).await;
@@ -328,7 +344,7 @@ async fn add(run: Run, mut client: Client, object: usize) -> anyhow::Result<Repo
         if outcome != Outcome::Done {
             client.turn_to_next();
         }
-        sleep(KEY_PACE).await;
+        run.pace(KEY_PACE).await;
     }
     Ok(Report::Adds(object, adds))
 }
@@ -353,7 +369,7 @@ async fn make(run: Run, mut client: Client) -> anyhow::Result<Report> {
             client.turn_to_next();
             sleep(PAUSE).await;
         }
-        sleep(MAKING_PACE).await;
+        run.pace(MAKING_PACE).await;
     }
     Ok(Report::Makings(makings))
 }
@@ -376,7 +392,7 @@ async fn operate(run: Run, mut client: Client, vm: String) -> anyhow::Result<Rep
             }
             client.turn_to_next();
         }
-        sleep(OPERATION_PACE).await;
+        run.pace(OPERATION_PACE).await;
     }
     Ok(Report::Nothing)
 }
@@ -407,7 +423,7 @@ async fn read(run: Run, mut client: Client) -> anyhow::Result<Report> {
                 sleep(PAUSE).await;
             }
         }
-        sleep(PACE).await;
+        run.pace(PACE).await;
     }
     Ok(Report::Views(views))
 }
@@ -452,7 +468,7 @@ async fn watch(run: Run, mut client: Client) -> anyhow::Result<Report> {
             views.push(view(object, record, span)?);
         }
         token = next;
-        sleep(PACE).await;
+        run.pace(PACE).await;
     }
     Ok(Report::Watch(client.endpoint().to_string(), batches, views))
 }

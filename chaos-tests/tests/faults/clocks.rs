@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use chaos_tests::history::load::Load;
 use chaos_tests::lab::{Lab, What};
-use tokio::time::sleep;
 
 use crate::support::{SOON, other_master, until};
 use crate::{SOME, configure, log};
@@ -38,7 +37,7 @@ async fn set_the_clocks(wrong_for: Duration) {
     for jump in [10 * DAY, -10 * DAY, 3600, 0] {
         std::fs::write(offset(&master), jump.to_string()).unwrap();
         if jump == 10 * DAY {
-            sleep(wrong_for).await;
+            load.at_leisure(wrong_for).await;
         }
         load.some_more(SOME).await.unwrap();
     }
@@ -52,7 +51,7 @@ async fn set_the_clocks(wrong_for: Duration) {
         let master = until(SOON, "a master", async || lab.status().await.unwrap().master).await;
         lab.kill(&master, What::Controller).await.unwrap();
         other_master(&lab, &master).await;
-        sleep(wrong_for).await;
+        load.at_leisure(wrong_for).await;
         load.some_more(SOME).await.unwrap();
         lab.start(&master, What::Controller).await.unwrap();
     }
