@@ -22,7 +22,7 @@ LAB_FLAGS ?=
 # Always the whole workspace: a part of it would build the same dependencies with other features once more.
 CARGO_FLAGS := --release --locked
 
-.PHONY: help demo test soak simulate bench coverage build build-for-tests rocksdb clients guest lab lab-status clean-lab verify fmt-check lint deny docs fix
+.PHONY: help demo test soak simulate bench coverage build build-for-tests rocksdb clients guest machine lab lab-status clean-lab verify fmt-check lint deny docs fix
 
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -34,7 +34,7 @@ demo: ## Three hosts, one pool, a real guest, a master lost to kill -9 (installs
 
 test: ## Every test (installs what is missing)
 	@deploy/install-deps.sh --for test
-	@$(MAKE) --no-print-directory build-for-tests guest
+	@$(MAKE) --no-print-directory $(if $(TEST_FLAGS),build-for-tests,rocksdb) guest machine
 	@XENITH_CLIENTS=$$(deploy/clients/install.sh all) XENITH_GUEST_DIR="$(XENITH_CACHE)/guest/image" XENITH_BIN="$(XENITH)" deploy/run-tests.sh $(TEST_FLAGS)
 
 soak: ## The tests that take minutes: a master that is stopped for half a minute, and the like
@@ -58,7 +58,7 @@ coverage: build ## Write docs/api-coverage.md: which calls are there today
 build: rocksdb ## Build the xenith program
 	cargo build $(CARGO_FLAGS) --workspace --bin xenith
 
-# The same, with what deploy/test-build.toml says: what the tests run is built once.
+# The same, with what deploy/test-build.toml says. Who runs every test needs it not: it is built with them.
 build-for-tests: rocksdb
 	cargo build $(CARGO_FLAGS) --config deploy/test-build.toml --workspace --bin xenith
 
@@ -69,6 +69,10 @@ rocksdb:
 
 guest: ## Make the small Linux that guests of the lab boot
 	@deploy/guest/build.sh "$(XENITH_CACHE)/guest/image"
+
+# The machine in which the tests have an NFS server and LVM.
+machine:
+	@deploy/guest/machine.sh "$(XENITH_CACHE)/guest/image"
 
 lab: build guest ## Start a three-host pool to play with (LAB_DIR, LAB_FLAGS="--driver sim")
 	"$(XENITH)" lab up --dir "$(LAB_DIR)" $(LAB_FLAGS)

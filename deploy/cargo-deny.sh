@@ -11,7 +11,8 @@ if ! cargo deny --version >/dev/null 2>&1; then
   if [ ! -x "$cache/tools/bin/cargo-deny" ]; then
     echo "Building cargo-deny $version into $cache/tools" >&2
     # In a directory of its own, so that neither this workspace's toolchain file nor its profile has a say in caching.
-    CARGO_TARGET_DIR=$cache/tools/target cargo install --locked --quiet --root "$cache/tools" cargo-deny --version "$version" >&2
+    # Not optimised: it runs for seconds, and optimising it takes minutes.
+    CARGO_TARGET_DIR=$cache/tools/target cargo install --locked --quiet --debug --root "$cache/tools" cargo-deny --version "$version" >&2
     rm -rf "$cache/tools/target"
   fi
   export PATH=$cache/tools/bin:$PATH

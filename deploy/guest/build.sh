@@ -12,21 +12,16 @@ set -euo pipefail
 umask 022
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-say() { echo "guest: $*" >&2; }
-fail() { say "$*"; exit 1; }
+# shellcheck source=parts.sh
+. "$here/parts.sh"
 
 [ $# -eq 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
-cache=${XENITH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/xenith}/guest
-mkdir -p "$cache"
-
-# Two builds at once would tread on each other: the second waits, then finds everything done.
-exec 9>"$cache/lock"
-flock 9
+hold_cache
 
 # What the image is made of: when none of it changed since the last build, there is nothing to do.
-stamp=$(cat "$here/build.sh" "$here/init" "$here/on-lease" | sha256sum | cut -c1-16)
+stamp=$(cat "$here/build.sh" "$here/parts.sh" "$here/init" "$here/on-lease" | sha256sum | cut -c1-16)
 if [ -s "$out/vmlinuz" ] && [ -s "$out/initrd.gz" ] && [ "$(cat "$out/.stamp" 2>/dev/null)" = "$stamp" ]; then
   say "up to date in $out"
   exit 0
@@ -35,31 +30,6 @@ fi
 for tool in dpkg-deb cpio gzip; do
   command -v "$tool" >/dev/null || fail "$tool is missing (Debian: apt-get install dpkg cpio gzip)"
 done
-
-# Unpacks the newest stored copy of a package whose name matches, downloading it if there is none.
-# $1: directory to unpack into; $2: pattern of the file; $3: command that prints the package's name
-unpack() {
-  local into=$1 pattern=$2 name
-  # shellcheck disable=SC2086
-  local deb; deb=$(cd "$cache" && ls -t $pattern 2>/dev/null | head -n 1 || true)
-  if [ -z "$deb" ]; then
-    command -v apt-get >/dev/null || fail "apt-get is needed to download packages"
-    name=$($3)
-    [ -n "$name" ] || fail "the package sources do not know $pattern; try: sudo apt-get update"
-    say "downloading $name"
-    local fresh; fresh=$(mktemp -d "$cache/download.XXXXXX")
-    (cd "$fresh" && apt-get download "$name" >&2 2>/dev/null) || { rm -rf "$fresh"; fail "apt-get download $name failed"; }
-    deb=$(basename "$fresh"/*.deb)
-    mv "$fresh/$deb" "$cache/$deb"
-    rmdir "$fresh"
-  fi
-  say "unpacking $deb"
-  dpkg-deb -x "$cache/$deb" "$into"
-}
-kernel_package() {
-  apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*-cloud-amd64\)$/\1/p' | head -n 1
-}
-busybox_package() { echo busybox-static; }
 
 work=$(mktemp -d "$cache/work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
@@ -70,18 +40,9 @@ modules=$(ls -d "$work"/kernel/lib/modules/*/kernel)
 
 root=$work/root
 mkdir -p "$root/bin" "$root/etc" "$root/lib" "$root/lib64" "$root/modules"
-busybox=$(command -v busybox || true)
-# Only a static one runs without the machine's libraries.
-if [ -n "$busybox" ] && ! ldd "$busybox" >/dev/null 2>&1; then
-  cp -L "$busybox" "$root/bin/busybox"
-else
-  unpack "$work/busybox" 'busybox-static_*.deb' busybox_package
-  cp "$work/busybox/bin/busybox" "$root/bin/busybox"
-fi
-chmod 755 "$root/bin/busybox"
+add_busybox
 ln -s busybox "$root/bin/sh"
 install -m 755 "$here/init" "$root/init"
-
 install -m 755 "$here/on-lease" "$root/bin/on-lease"
 printf 'ID=xenith-guest\nNAME="Xenith guest"\nVERSION_ID=1\nPRETTY_NAME="Xenith guest 1"\n' >"$root/etc/os-release"
 
@@ -106,17 +67,6 @@ add_libraries() {
 }
 add_libraries "$root/bin/qemu-ga"
 
-# What the modules need is said in the modules; those that this kernel has built in are not there, and not missed.
-depends() { tr '\0' '\n' <"$1" | sed -n 's/^depends=//p' | tr ',-' ' _'; }
-add_module() { # LIST NAME: the module with all it needs, those first
-  local file needed
-  [ ! -f "$root/modules/$2.ko" ] || return 0
-  file=$(find "$modules" -name "$2.ko" -o -name "${2//_/-}.ko" | head -n 1)
-  [ -n "$file" ] || return 0
-  cp "$file" "$root/modules/$2.ko"
-  for needed in $(depends "$file"); do add_module "$1" "$needed"; done
-  echo "$2" >>"$root/modules/$1"
-}
 for module in button evdev; do add_module first "$module"; done
 for module in virtio_pci virtio_blk virtio_net virtio_balloon virtio_console pvpanic_pci pvpanic; do
   add_module early "$module"
@@ -127,10 +77,7 @@ for needed in button evdev; do
     || fail "this kernel has no $needed module: the guest would not hear its power button"
 done
 
-# The same input gives the same bytes: one time, one owner, one order.
-find "$root" -exec touch -h -d @0 {} +
-(cd "$root" && find . -print0 | LC_ALL=C sort -z | cpio --null --create --format=newc --owner=0:0 --reproducible --quiet) \
-  | gzip -9n >"$out/.initrd.new"
+pack "$out/.initrd.new"
 cp "$vmlinuz" "$out/.vmlinuz.new"
 chmod 644 "$out/.initrd.new" "$out/.vmlinuz.new"
 mv "$out/.initrd.new" "$out/initrd.gz"

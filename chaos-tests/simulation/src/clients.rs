@@ -94,6 +94,10 @@ impl Clients {
         let mut client = self.client(name, chance);
         while kernel::now() < self.all.ends {
             tokio::time::sleep(client.line.chance.millis(1, 120)).await;
+            if kernel::now() < self.all.seclusion.borrow().quiet_until {
+                client.read().await;
+                continue;
+            }
             match client.line.chance.below(10) {
                 0..=3 => client.write().await,
                 4..=6 => client.read().await,
@@ -112,7 +116,7 @@ impl Clients {
             if !matches!(tokio::time::timeout(LOOK_AGAIN, seclusion.changed()).await, Ok(Ok(()))) {
                 continue;
             }
-            let Seclusion { leader, others, from, until } = seclusion.borrow_and_update().clone();
+            let Seclusion { leader, others, from, until, .. } = seclusion.borrow_and_update().clone();
             let sleeps = u64::try_from(from - kernel::now()).unwrap_or(0);
             tokio::time::sleep(Duration::from_nanos(sleeps)).await;
             while kernel::now() < until {

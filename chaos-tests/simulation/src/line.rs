@@ -23,6 +23,8 @@ pub struct Seclusion {
     pub from: i64,
     /// …and by then it knows.
     pub until: i64,
+    /// Until then nobody else writes, so that a follower that heard nothing for a while is not behind.
+    pub quiet_until: i64,
 }
 
 /// What all clients of a run share.

@@ -197,7 +197,12 @@ impl World {
         }
         let deaf = follows[self.chance.index(follows.len())];
         self.stop_hearing(leader, deaf);
-        self.plot = Some((self.now + self.millis(300, 1_500), Plot::Seclude));
+        let secluded_at = self.now + self.millis(300, 1_500);
+        self.plot = Some((secluded_at, Plot::Seclude));
+        if self.chance.one_in(2) {
+            let quiet_until = secluded_at + 500 * MILLI;
+            self.seclusion.send_replace(Seclusion { quiet_until, ..Seclusion::default() });
+        }
         let mend_at = self.now + self.millis(2_500, 7_000);
         self.mend_at.get_or_insert(mend_at);
     }
@@ -213,7 +218,7 @@ impl World {
         self.part(&side);
         let others = voters.into_iter().filter(|id| *id != one).collect();
         let (from, until) = (self.now + 150 * MILLI, self.now + 500 * MILLI);
-        self.seclusion.send_replace(Seclusion { leader: one, others, from, until });
+        self.seclusion.send_modify(|last| *last = Seclusion { leader: one, others, from, until, ..last.clone() });
         let mend_at = self.now + self.millis(1_500, 6_000);
         self.mend_at.get_or_insert(mend_at);
     }

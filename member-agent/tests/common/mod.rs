@@ -363,11 +363,23 @@ pub fn guest() -> &'static Path {
             return PathBuf::from(dir);
         }
         let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
-        let script = Path::new("../deploy/guest/build.sh");
-        let status = Command::new(script).arg(&dir).status().expect("runs");
-        assert!(status.success(), "{} failed", script.display());
+        make("../deploy/guest/build.sh", &dir);
         dir
     })
+}
+
+/// The machine that runs what this kernel cannot, made once and kept beside the guest.
+pub fn machine_for_storage() -> PathBuf {
+    let machine = guest().join("machine.gz");
+    if !machine.exists() {
+        make("../deploy/guest/machine.sh", guest());
+    }
+    machine
+}
+
+fn make(script: &str, into: &Path) {
+    let status = Command::new(script).arg(into).status().expect("runs");
+    assert!(status.success(), "{script} failed");
 }
 
 pub fn start(spec: DomainSpec) -> Action {
