@@ -72,6 +72,8 @@ done
 for name in mount.nfs4 umount.nfs umount.nfs4; do ln -s mount.nfs "$root/bin/$name"; done
 cp "$apart/etc/netconfig" "$root/etc/"
 cp -r "$apart/etc/lvm" "$root/etc/"
+# Neither a daemon that watches pools nor one that makes devices runs there: LVM makes them itself.
+printf 'activation {\n monitoring = 0\n udev_sync = 0\n udev_rules = 0\n}\n' >"$root/etc/lvm/lvmlocal.conf"
 # What a test program loads beside these.
 for library in libgcc_s.so.1 libm.so.6; do
   from=$(ldconfig -p | sed -n "s/^\t$library .*x86-64.* => //p" | head -n 1)

@@ -155,7 +155,8 @@ impl Place {
 
     /// Where the images are.
     pub fn dir(&self) -> PathBuf {
-        let at = if self.store.driver == "nfs" { format!("mounts/{}", self.store.sr) } else { "storage/local".to_owned() };
+        let at =
+            if self.store.driver == "nfs" { format!("mounts/{}", self.store.sr) } else { "storage/local".to_owned() };
         self.host.config.state_dir.join(at).join(&self.store.sr)
     }
 
