@@ -49,8 +49,7 @@ impl Lvm {
 
     async fn there(&self, location: &str) -> Result<Logical, Refusal> {
         let none = || Refusal::new(Reason::NoSuchVolume, location);
-        // Only names that this driver gives are asked for.
-        location.parse::<Uuid>().map_err(|_| none())?;
+        checked(location)?;
         self.report().await?.volumes.into_iter().find(|volume| volume.name == location).ok_or_else(none)
     }
 
@@ -186,17 +185,29 @@ impl Store for Lvm {
 
     async fn fill(&self, source: &Source, into: Uuid, _location: &str) -> Result<VolumeState, Refusal> {
         let name = into.to_string();
-        match self.there(&name).await {
+        let empty = match self.there(&name).await {
             Ok(there) if there.size < source.state.virtual_size => {
                 return unsupported("the volume is too small for the copy");
             }
-            Ok(_) => self.at_rest(&name).await?,
-            Err(_) => drop(self.say(&self.group.make(&name, source.state.virtual_size)).await?),
-        }
+            Ok(_) => {
+                self.at_rest(&name).await?;
+                false
+            }
+            Err(refusal) if refusal.reason == Reason::NoSuchVolume => {
+                self.say(&self.group.make(&name, source.state.virtual_size)).await?;
+                true
+            }
+            Err(refusal) => return Err(refusal),
+        };
         let (from, to) =
             (source.opened.source.path.display().to_string(), self.group.path(&name).display().to_string());
         let format = source.opened.source.format.word();
-        let arguments = ["convert", "-n", "-W", "-m", "8", "-f", format, "-O", "raw", &from, &to];
+        let mut arguments = vec!["convert", "-n", "-W", "-m", "8", "-f", format, "-O", "raw"];
+        if empty {
+            // Zeroes that were written would take room from the pool.
+            arguments.push("--target-is-zero");
+        }
+        arguments.extend([from.as_str(), &to]);
         self.place.site.programs.run(Path::new("/"), "qemu-img", &arguments, LONG).await?;
         apart(move || {
             let synced = fs::File::open(&to).and_then(|file| file.sync_all());
@@ -208,6 +219,9 @@ impl Store for Lvm {
 
     async fn resize(&self, location: &str, virtual_size: u64) -> Result<VolumeState, Refusal> {
         let now = self.there(location).await?;
+        if now.read_only {
+            return unsupported("nobody may write to a snapshot");
+        }
         if virtual_size < now.size {
             return unsupported("a volume cannot be made smaller");
         }
@@ -221,6 +235,7 @@ impl Store for Lvm {
     }
 
     async fn destroy_volume(&self, location: &str) -> Result<(), Refusal> {
+        checked(location)?;
         match self.at_rest(location).await {
             Err(refusal) if refusal.reason == Reason::NoSuchVolume => return Ok(()),
             rest => rest?,
@@ -259,6 +274,11 @@ impl Store for Lvm {
         };
         Ok(Opened { source, _held: None })
     }
+}
+
+/// Only names that this driver gives are asked for.
+fn checked(location: &str) -> Result<(), Refusal> {
+    location.parse::<Uuid>().map(drop).map_err(|_| Refusal::new(Reason::NoSuchVolume, location))
 }
 
 /// The pool itself is no volume.
