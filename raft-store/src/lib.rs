@@ -20,6 +20,7 @@ mod record;
 mod remembered;
 mod replace;
 mod row;
+mod stand_down;
 mod state;
 mod store;
 mod transaction;

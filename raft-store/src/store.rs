@@ -25,6 +25,7 @@ use crate::planted::Planted;
 use crate::proposer::{self, Proposal, Unanswered};
 use crate::readmit;
 use crate::row::LogIndex;
+use crate::stand_down;
 use crate::state::{History, State};
 use crate::transaction::{Conflict, Transaction};
 use crate::types::{PeerNode, Raft};
@@ -407,12 +408,19 @@ impl Store {
         if node_id == self.shared.node_id {
             return Ok(());
         }
+        let term = self.term();
         if self.shared.planted != Some(Planted::KeepsItsLease) {
             self.shared.lease.give_up();
         }
         let refused = self.shared.raft.trigger().transfer_leader(node_id).await;
         if let Err(error) = refused {
             tracing::warn!(%error, "the lead cannot be handed over");
+        }
+        {
+            let raft = self.shared.raft.clone();
+            let mut tasks = self.shared.tasks.lock();
+            while tasks.try_join_next().is_some() {}
+            tasks.spawn(stand_down::if_nobody_took_the_lead(raft, node_id, term, READ_LIMIT));
         }
         let lost = leadership.wait_for(|leadership| !matches!(leadership, Leadership::Leader { .. }));
         match tokio::time::timeout(READ_LIMIT, lost).await {

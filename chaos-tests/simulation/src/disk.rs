@@ -206,6 +206,8 @@ pub struct Shelf(pub Arc<Disk>);
 impl Place for Shelf {
     fn open(&self) -> Result<(Arc<dyn Engine>, Promise), OpenError> {
         let promise = self.0.inner.lock().promise;
+        // As RocksDB does that finds a write-ahead log.
+        self.0.memory.sync();
         Ok((Arc::clone(&self.0) as Arc<dyn Engine>, promise))
     }
 

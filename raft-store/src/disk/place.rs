@@ -19,7 +19,8 @@ const ASIDE: &str = "damaged";
 
 /// A place for one database. What is damaged in it is moved aside; the fence that is raised then stands beside it.
 pub trait Place: Send + Sync + 'static {
-    /// The database there is, or an empty one; and what was promised by it.
+    /// The database there is, or an empty one; and what was promised by it. What is found in it is synced: a process that was
+    /// killed may have written without that, and the next one tells its peers what it has.
     ///
     /// # Errors
     /// [`OpenError`], of damage where that is why.

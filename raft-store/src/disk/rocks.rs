@@ -34,6 +34,8 @@ impl Rocks {
             options.set_write_buffer_size(16 << 20);
             ColumnFamilyDescriptor::new(column.name(), options)
         });
+        // Opening makes tables of what the write-ahead log has, and syncs them (RocksDB's `avoid_flush_during_recovery` stays
+        // false): what is found was not synced if the last process was killed before it did that.
         let db = DB::open_cf_descriptors(&options, path, columns)
             .map_err(|source| OpenError::Database { path: path.display().to_string(), source })?;
         Ok(Self { db, promises })
