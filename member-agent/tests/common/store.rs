@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use member_agent::StoreChoice;
 use proto::agent::refusal::Reason;
@@ -11,7 +12,7 @@ use proto::agent::step::Action;
 use proto::agent::*;
 use uuid::Uuid;
 
-use super::{Client, Host, POOL, operation};
+use super::{Client, Host, PATIENCE, POOL, operation};
 
 /// A host with one store.
 pub struct Place {
@@ -147,6 +148,19 @@ impl Place {
     pub async fn scan(&mut self) -> StoreState {
         let scan = Action::ScanStore(ScanStore { store: Some(self.store.clone()), known: Vec::new() });
         self.store_step(scan).await.expect("scan")
+    }
+
+    /// Scans until there are so many images: a join that takes longer than a scan waits for goes on by itself.
+    pub async fn joined(&mut self, images: usize) -> StoreState {
+        let begun = Instant::now();
+        loop {
+            let state = self.scan().await;
+            if self.images().len() == images {
+                return state;
+            }
+            assert!(begun.elapsed() < PATIENCE, "not {images} images: {:?}", self.images());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     pub async fn vdis(&mut self) -> BTreeSet<String> {
