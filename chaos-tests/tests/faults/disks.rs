@@ -249,4 +249,9 @@ async fn fill_the_disks_of_a_member_and_of_the_master() {
         lab.start(&third.name, What::Host).await.unwrap();
     }
     load.settle(&lab).await.unwrap();
+    // What is mounted there keeps a directory from being removed.
+    for host in &lab.made().hosts {
+        // Of the third there is nothing to unmount.
+        let _ = Command::new("umount").arg("--lazy").arg(database(&lab, &host.name)).output();
+    }
 }
