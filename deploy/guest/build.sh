@@ -15,10 +15,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=parts.sh
 . "$here/parts.sh"
 
-[ $# -eq 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
-mkdir -p "$1"
-out=$(cd "$1" && pwd)
-hold_cache
+begin "$@"
 
 # What the image is made of: when none of it changed since the last build, there is nothing to do.
 stamp=$(cat "$here/build.sh" "$here/parts.sh" "$here/init" "$here/on-lease" | sha256sum | cut -c1-16)

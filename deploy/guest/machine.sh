@@ -14,10 +14,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=parts.sh
 . "$here/parts.sh"
 
-[ $# -eq 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
-mkdir -p "$1"
-out=$(cd "$1" && pwd)
-hold_cache
+begin "$@"
 
 stamp=$(cat "$here/machine.sh" "$here/parts.sh" "$here/machine-init" | sha256sum | cut -c1-16)
 if [ -s "$out/machine.gz" ] && [ "$(cat "$out/.machine-stamp" 2>/dev/null)" = "$stamp" ]; then

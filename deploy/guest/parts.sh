@@ -6,6 +6,14 @@
 say() { echo "guest: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
+# Begins a build: DIR, its one argument, becomes `out`.
+begin() { # ARGUMENT...
+  [ $# -eq 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+  mkdir -p "$1"
+  out=$(cd "$1" && pwd)
+  hold_cache
+}
+
 # Where downloads are kept. Two builds at once would tread on each other: the second waits, then finds everything done.
 hold_cache() {
   cache=${XENITH_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/xenith}/guest

@@ -1,9 +1,9 @@
 //! The way back from a hand-over that came to nothing.
 //!
-//! A leader that hands over proposes nothing more, sends no heartbeats and cannot be told to stop that: it waits to be
-//! replaced. Its heir may be gone, and where nobody else has as much of the log, nobody can be elected: the pool would
-//! stand still for good. So whoever is still there after a while gives the lead up, by a vote for the heir in the next term
-//! that nobody asked for and nobody is told of, and stands for election like everybody else.
+//! A leader that hands over proposes nothing more and cannot be told to stop that: it waits to be replaced. An heir that has
+//! no vote any more cannot replace it, and where nobody else can either, the pool would stand still for good. So whoever
+//! is still there after a while gives the lead up, by a vote for the heir in the next term that nobody asked for and
+//! nobody is told of, and stands for election like everybody else.
 
 use std::time::Duration;
 

@@ -317,6 +317,15 @@ async fn the_lead_moves_on_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lead_that_is_handed_to_who_cannot_take_it_comes_back() {
+    let pool = Pool::start(1).await;
+    pool.commit(insert("before").0).await;
+    pool.store(0).transfer_leader(99).await.unwrap_err();
+    pool.commit(insert("after").0).await;
+    pool.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_leader_whose_answers_are_late_goes_on_leading_and_writing() {
     let pool = Pool::start(3).await;
     pool.commit(insert("before").0).await;
