@@ -5,7 +5,7 @@
 #
 #   deploy/guest/machine.sh DIR
 #
-# LVM and NFS are Debian packages that are only unpacked; what is on this machine already (QEMU's tools, mount, mkfs) is
+# LVM and NFS are Debian packages that are only unpacked; what is on this machine already (QEMU, its tools, mount, mkfs) is
 # taken from it. Running it again with nothing changed does nothing. XENITH_CACHE keeps the downloads.
 set -euo pipefail
 umask 022
@@ -60,9 +60,20 @@ add_program() { # NAME
   done
 }
 export PATH=$PATH:/usr/sbin:/sbin
-for program in lvm thin_check exportfs rpc.nfsd rpc.mountd mount.nfs mount umount losetup mkfs.ext4 qemu-img qemu-io; do
+for program in lvm thin_check exportfs rpc.nfsd rpc.mountd mount.nfs mount umount losetup mkfs.ext4 qemu-img qemu-io qemu-system-x86_64; do
   add_program "$program"
 done
+# What QEMU loads when it begins, and what its machine begins with. It looks for both beside its own directory.
+mkdir -p "$root/share/qemu"
+for module in /usr/lib/*-linux-gnu/qemu/accel-tcg-x86_64.so; do
+  [ ! -f "$module" ] || install -D "$module" "$root/${module#/usr/}"
+done
+for rom in bios-256k.bin kvmvapic.bin vgabios-stdvga.bin; do
+  from=$(ls /usr/share/{seabios,qemu}/$rom 2>/dev/null | head -n 1 || true)
+  [ -n "$from" ] || fail "$rom is missing (Debian: apt-get install seabios qemu-system-data)"
+  cp -L "$from" "$root/share/qemu/"
+done
+cp -r /usr/share/qemu/keymaps "$root/share/qemu/"
 for name in pvcreate pvremove pvs vgcreate vgremove vgchange vgs lvcreate lvremove lvchange lvresize lvrename lvs; do
   ln -s lvm "$root/bin/$name"
 done

@@ -26,18 +26,23 @@ pub type Did = Result<outcome::Result, Refusal>;
 impl Place {
     /// A store of a driver that has to have a directory, in one of the host's own.
     pub async fn of(driver: &str) -> Self {
-        if matches!(driver, "nfs" | "lvm") {
-            return Self::in_the_machine(driver).await;
-        }
+        Self::beside("sim", driver).await
+    }
+
+    /// The same, on a host with that hypervisor.
+    pub async fn beside(hypervisor: &str, driver: &str) -> Self {
         let choice = if driver == "sim" { StoreChoice::Sim } else { StoreChoice::Real };
-        let host = Host::start_with("sim", |config| config.stores = choice).await;
+        let host = Host::start_with(hypervisor, |config| config.stores = choice).await;
+        if matches!(driver, "nfs" | "lvm") {
+            return Self::in_the_machine(host, driver).await;
+        }
         let driver = if driver == "sim" { "file" } else { driver };
         let config = HashMap::from([("location".to_owned(), "local".to_owned())]);
         Self::on(host, driver, config).await
     }
 
     /// A store in the machine that has an NFS server at 127.0.0.1 and an empty device: made and attached.
-    async fn in_the_machine(driver: &str) -> Self {
+    async fn in_the_machine(host: Host, driver: &str) -> Self {
         // What the test before this one left there.
         let left = ran(Command::new("vgs").args(["--noheadings", "-o", "vg_name"]));
         for group in left.split_whitespace().filter(|name| name.starts_with("xenith-")) {
@@ -48,10 +53,21 @@ impl Place {
             _ => &[("device", "/dev/vdb")],
         };
         let config = config.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
-        let host = Host::start_with("sim", |config| config.stores = StoreChoice::Real).await;
         let mut place = Self::on(host, driver, config).await;
         let store = Some(place.store.clone());
         place.store_step(Action::CreateStore(CreateStore { store, physical_size: 0 })).await.expect("made");
+        let attach = place.attach();
+        place.store_step(attach).await.expect("attached");
+        place
+    }
+
+    /// Another host of the same pool, which has the same store attached.
+    pub async fn elsewhere(&self, hypervisor: &str) -> Self {
+        let host = Host::start_with(hypervisor, |config| config.stores = StoreChoice::Real).await;
+        let mut place = Self { client: host.client().await, host, store: self.store.clone() };
+        if let Some(location) = place.store.device_config.get_mut("location") {
+            *location = self.dir().display().to_string();
+        }
         let attach = place.attach();
         place.store_step(attach).await.expect("attached");
         place
@@ -169,9 +185,12 @@ impl Place {
 
     /// Where the images are.
     pub fn dir(&self) -> PathBuf {
-        let at =
-            if self.store.driver == "nfs" { format!("mounts/{}", self.store.sr) } else { "storage/local".to_owned() };
-        self.host.config.state_dir.join(at).join(&self.store.sr)
+        let (state, sr) = (&self.host.config.state_dir, &self.store.sr);
+        match self.store.device_config.get("location").map(PathBuf::from) {
+            Some(location) if location.is_absolute() => location,
+            Some(location) => state.join("storage").join(location).join(sr),
+            None => state.join("mounts").join(sr).join(sr),
+        }
     }
 
     pub fn path(&self, vdi: Uuid) -> PathBuf {
@@ -193,6 +212,14 @@ impl Place {
 
     pub fn write(&self, vdi: Uuid, pattern: u8, range: &str) {
         let command = format!("write -P {pattern} {range}");
+        self.qemu_io(&["-c", &command], vdi);
+    }
+
+    /// The volume begins with these bytes.
+    pub fn begins_with(&self, vdi: Uuid, bytes: &[u8]) {
+        let file = self.host.dir.path().join("bytes");
+        fs::write(&file, bytes).expect("write");
+        let command = format!("write -s {} 0 {}", file.display(), bytes.len());
         self.qemu_io(&["-c", &command], vdi);
     }
 

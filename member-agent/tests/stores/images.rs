@@ -14,6 +14,10 @@ use uuid::Uuid;
 use crate::common::MIB;
 use crate::common::store::*;
 
+pub async fn place(driver: &str) -> Place {
+    Place::of(driver).await
+}
+
 pub async fn what_is_written_after_a_snapshot_is_in_the_volume_alone(mut place: Place) {
     let vdi = place.made(64 * MIB).await;
     place.write(vdi, 1, "0 4M");

@@ -30,7 +30,21 @@ async fn every_promise_holds_in_the_machine(driver: &str) {
     let program = format!("if=virtio,format=raw,readonly=on,file={}", std::env::current_exe().unwrap().display());
     let words = format!("console=ttyS0 quiet panic=-1 -- --ignored --test-threads=1 {driver}::");
     let mut machine = tokio::process::Command::new("qemu-system-x86_64");
-    machine.args(["-accel", "tcg", "-m", "640", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+    // With a source of randomness, for which the first program would wait long otherwise.
+    machine.args([
+        "-accel",
+        "tcg",
+        "-cpu",
+        "qemu64,+rdrand",
+        "-m",
+        "640",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-serial",
+        "stdio",
+    ]);
     machine.arg("-kernel").arg(guest().join("vmlinuz")).arg("-initrd").arg(machine_for_storage());
     machine.args(["-append", &words]);
     for drive in [disk("export", 256 * MIB), disk("group", 512 * MIB), program] {

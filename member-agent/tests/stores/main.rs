@@ -4,6 +4,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod domains;
 mod drivers;
 mod images;
 mod machine;
@@ -13,9 +14,9 @@ mod promises;
 macro_rules! here {
     ($driver:ident $file:ident: $($promise:ident)+) => {
         mod $driver {
-            use crate::common::store::Place;
+            use crate::$file::{self as promises, place};
 
-            $(#[tokio::test] async fn $promise() { crate::$file::$promise(Place::of(stringify!($driver)).await).await; })+
+            $(#[tokio::test] async fn $promise() { promises::$promise(place(stringify!($driver)).await).await; })+
         }
     };
 }
@@ -24,12 +25,12 @@ macro_rules! here {
 macro_rules! in_the_machine {
     ($driver:ident $file:ident: $($promise:ident)+) => {
         mod $driver {
-            use crate::common::store::Place;
+            use crate::$file::{self as promises, place};
 
             $(
                 #[tokio::test]
                 #[ignore = "run in a machine of its own: every_promise_holds_on_…"]
-                async fn $promise() { crate::$file::$promise(Place::of(stringify!($driver)).await).await; }
+                async fn $promise() { promises::$promise(place(stringify!($driver)).await).await; }
             )+
         }
     };
@@ -84,4 +85,16 @@ mod of_images {
     }
     images!(here file);
     images!(in_the_machine nfs);
+}
+
+/// What a store promises of the volumes that domains have.
+mod of_domains {
+    macro_rules! domains {
+        ($where:ident $driver:ident: $($more:ident)*) => {
+            $where! { $driver domains: a_guest_writes_to_its_volume_and_not_to_its_snapshot $($more)* }
+        };
+    }
+    domains!(here file: a_volume_of_a_domain_is_in_use_on_every_host);
+    domains!(in_the_machine nfs: a_volume_of_a_domain_is_in_use_on_every_host);
+    domains!(in_the_machine lvm:);
 }

@@ -10,6 +10,10 @@ use uuid::Uuid;
 use crate::common::store::*;
 use crate::common::*;
 
+pub async fn place(driver: &str) -> Place {
+    Place::of(driver).await
+}
+
 pub async fn a_volume_is_made_grown_and_removed(mut place: Place) {
     let attach = place.attach();
     let before = place.store_step(attach).await.expect("attached");
