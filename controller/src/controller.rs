@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use datamodel::Timestamp;
+use futures::future::BoxFuture;
 use raft_store::{Leadership, LogIndex, Member, Store, Transaction};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -137,16 +138,16 @@ impl Controller {
     ///
     /// # Errors
     /// [`Refusal`].
-    pub async fn call(&self, request: Request) -> Result<Reply, Refusal> {
-        dispatch::call(&self.shared, request).await
+    pub fn call(&self, request: Request) -> BoxFuture<'_, Result<Reply, Refusal>> {
+        Box::pin(dispatch::call(&self.shared, request))
     }
 
     /// Serves an HTTP request that is no call, or says who can.
     ///
     /// # Errors
     /// [`Declined`].
-    pub async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {
-        handlers::open(&self.shared, inquiry).await
+    pub fn open(&self, inquiry: Inquiry) -> BoxFuture<'_, Result<Opened, Declined>> {
+        Box::pin(handlers::open(&self.shared, inquiry))
     }
 
     /// How a host of that node id and uuid stands to the pool, where this host is the master.
@@ -158,8 +159,8 @@ impl Controller {
     ///
     /// # Errors
     /// [`Declined`].
-    pub async fn connect(&self, knock: Knock) -> Result<Tunnel, Declined> {
-        handlers::connect(&self.shared, knock).await
+    pub fn connect(&self, knock: Knock) -> BoxFuture<'_, Result<Tunnel, Declined>> {
+        Box::pin(handlers::connect(&self.shared, knock))
     }
 
     /// Waits until this host knows of another master than that member, itself included, or of none for so long that
@@ -191,7 +192,11 @@ impl Controller {
 
     /// Does the master's chores whenever this node leads, wakes who waits for events, and hears when this host is to go,
     /// until shutdown.
-    pub async fn run(&self) {
+    pub fn run(&self) -> BoxFuture<'_, ()> {
+        Box::pin(self.serve())
+    }
+
+    async fn serve(&self) {
         tokio::join!(self.lead(), events::follow(&self.shared), async {
             tokio::select! {
                 () = join::attend(&self.shared) => {}

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use controller::{Caller, Controller, Declined, Inquiry, Knock, OWN_KEY, Opened, Refusal, Reply, Request, Tunnel};
 use datamodel::{ApiError, encode, errors, model};
 use futures::FutureExt;
+use futures::future::BoxFuture;
 use raft_store::Member;
 use tracing::Instrument;
 
@@ -32,7 +33,7 @@ const NOT_HERE: [&str; 2] = [errors::HOST_IS_SLAVE, errors::HOST_IN_EMERGENCY_MO
 #[async_trait]
 pub trait Calls: Send + Sync + 'static {
     /// Answers a call, or says who can.
-    async fn call(&self, request: Request) -> Result<Reply, Refusal>;
+    fn call(&self, request: Request) -> BoxFuture<'_, Result<Reply, Refusal>>;
 
     /// Serves a request of a handler, or says who can.
     async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined>;
@@ -46,8 +47,8 @@ pub trait Calls: Send + Sync + 'static {
 
 #[async_trait]
 impl Calls for Controller {
-    async fn call(&self, request: Request) -> Result<Reply, Refusal> {
-        Self::call(self, request).await
+    fn call(&self, request: Request) -> BoxFuture<'_, Result<Reply, Refusal>> {
+        Self::call(self, request)
     }
 
     async fn open(&self, inquiry: Inquiry) -> Result<Opened, Declined> {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use proto::agent::agent_server::AgentServer;
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -83,7 +84,11 @@ pub struct Agent {
 
 impl Agent {
     /// Finds the domains that are there, then serves until `shutdown`.
-    pub async fn start(config: Config, shutdown: CancellationToken) -> Result<Self, StartError> {
+    pub fn start(config: Config, shutdown: CancellationToken) -> BoxFuture<'static, Result<Self, StartError>> {
+        Box::pin(Self::begin(config, shutdown))
+    }
+
+    async fn begin(config: Config, shutdown: CancellationToken) -> Result<Self, StartError> {
         let lock = take(&config.state_dir)?;
         let identity = Arc::new(Identity::open(&config)?);
         let host = Host::read(&config);

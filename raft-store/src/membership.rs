@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use openraft::ChangeMembers;
 use openraft::async_runtime::{Instant as _, WatchReceiver as _};
 use openraft::type_config::alias::InstantOf;
@@ -77,24 +78,29 @@ impl Store {
     ///
     /// # Errors
     /// [`CommitError::Unknown`] with the reason in the log.
-    pub async fn add_learner(&self, member: &Member) -> Result<(), CommitError> {
-        self.change(self.raft().add_learner(member.node_id, member.node(), false)).await
+    pub fn add_learner<'a>(&'a self, member: &'a Member) -> BoxFuture<'a, Result<(), CommitError>> {
+        Box::pin(async move { self.change(self.raft().add_learner(member.node_id, member.node(), false)).await })
     }
 
     /// Makes these the voters, each a member already, in one change; who votes no more goes on as a learner.
     ///
     /// # Errors
     /// As [`add_learner`](Self::add_learner).
-    pub async fn set_voters(&self, voters: BTreeSet<u64>) -> Result<(), CommitError> {
-        self.change(self.raft().change_membership(ChangeMembers::ReplaceAllVoters(voters), true)).await
+    pub fn set_voters(&self, voters: BTreeSet<u64>) -> BoxFuture<'_, Result<(), CommitError>> {
+        Box::pin(async move {
+            self.change(self.raft().change_membership(ChangeMembers::ReplaceAllVoters(voters), true)).await
+        })
     }
 
     /// Removes a member that does not vote.
     ///
     /// # Errors
     /// As [`add_learner`](Self::add_learner).
-    pub async fn remove(&self, node_id: u64) -> Result<(), CommitError> {
-        self.change(self.raft().change_membership(ChangeMembers::RemoveNodes(BTreeSet::from([node_id])), false)).await
+    pub fn remove(&self, node_id: u64) -> BoxFuture<'_, Result<(), CommitError>> {
+        Box::pin(async move {
+            self.change(self.raft().change_membership(ChangeMembers::RemoveNodes(BTreeSet::from([node_id])), false))
+                .await
+        })
     }
 
     async fn change<T, E: std::fmt::Display>(

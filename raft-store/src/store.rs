@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use openraft::async_runtime::WatchReceiver as _;
 use openraft::{ServerState, SnapshotPolicy};
 use proto::raft::raft_server::RaftServer;
@@ -163,22 +164,30 @@ impl Store {
     ///
     /// # Errors
     /// [`OpenError`]: the database is damaged or of a newer version, or the configuration contradicts itself.
-    pub async fn open(config: StoreConfig) -> Result<Self, OpenError> {
-        std::fs::create_dir_all(&config.dir)
-            .map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
-        let place = Arc::new(disk::Folder::new(&config.dir));
-        let peers = Arc::new(config.tls.clone());
-        Self::open_in(config, place, peers).await
+    pub fn open(config: StoreConfig) -> BoxFuture<'static, Result<Self, OpenError>> {
+        Box::pin(async move {
+            std::fs::create_dir_all(&config.dir)
+                .map_err(|error| OpenError::Consensus(format!("{}: {error}", config.dir.display())))?;
+            let place = Arc::new(disk::Folder::new(&config.dir));
+            let peers = Arc::new(config.tls.clone());
+            Self::open_in(config, place, peers).await
+        })
     }
 
     /// Opens a store in a place and on a network that are given; its folder and certificates are not used.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub async fn open_in(config: StoreConfig, place: Arc<dyn Place>, peers: Arc<dyn Dial>) -> Result<Self, OpenError> {
-        let reads = config.reads();
-        let opened = offload::blocking(move || disk::open(&place, reads)).await.map_err(stopped)??;
-        Self::start(config, opened, peers).await
+    pub fn open_in(
+        config: StoreConfig,
+        place: Arc<dyn Place>,
+        peers: Arc<dyn Dial>,
+    ) -> BoxFuture<'static, Result<Self, OpenError>> {
+        Box::pin(async move {
+            let reads = config.reads();
+            let opened = offload::blocking(move || disk::open(&place, reads)).await.map_err(stopped)??;
+            Self::start(config, opened, peers).await
+        })
     }
 
     async fn start(config: StoreConfig, opened: Opened, peers: Arc<dyn Dial>) -> Result<Self, OpenError> {
@@ -251,15 +260,17 @@ impl Store {
     ///
     /// # Errors
     /// What openraft says against it.
-    pub async fn initialize(&self, members: &[Member]) -> Result<(), OpenError> {
-        if self.shared.fence.stage() != Stage::Lifted {
-            return Ok(());
-        }
-        if self.shared.raft.is_initialized().await.map_err(|error| OpenError::Consensus(error.to_string()))? {
-            return Ok(());
-        }
-        let nodes: BTreeMap<u64, PeerNode> = members.iter().map(|member| (member.node_id, member.node())).collect();
-        self.shared.raft.initialize(nodes).await.map_err(|error| OpenError::Consensus(error.to_string()))
+    pub fn initialize<'a>(&'a self, members: &'a [Member]) -> BoxFuture<'a, Result<(), OpenError>> {
+        Box::pin(async move {
+            if self.shared.fence.stage() != Stage::Lifted {
+                return Ok(());
+            }
+            if self.shared.raft.is_initialized().await.map_err(|error| OpenError::Consensus(error.to_string()))? {
+                return Ok(());
+            }
+            let nodes: BTreeMap<u64, PeerNode> = members.iter().map(|member| (member.node_id, member.node())).collect();
+            self.shared.raft.initialize(nodes).await.map_err(|error| OpenError::Consensus(error.to_string()))
+        })
     }
 
     /// Whether this node has lost its database and its peers have not yet made up for it.
@@ -301,7 +312,7 @@ impl Store {
         if !leading {
             return Err(self.not_leader());
         }
-        match tokio::time::timeout(READ_LIMIT, self.shared.lease.renewed(&self.shared.raft)).await {
+        match tokio::time::timeout(READ_LIMIT, self.proof()).await {
             Ok(true) => Ok(self.state()),
             Ok(false) => Err(self.not_leader()),
             Err(_) => {
@@ -309,6 +320,11 @@ impl Store {
                 Err(self.not_leader())
             }
         }
+    }
+
+    /// Whether a quorum says that this node still leads.
+    fn proof(&self) -> BoxFuture<'_, bool> {
+        Box::pin(self.shared.lease.renewed(&self.shared.raft))
     }
 
     fn not_leader(&self) -> NotLeader {
@@ -400,68 +416,76 @@ impl Store {
     ///
     /// # Errors
     /// [`NotLeader`] where this node does not lead, or still leads after two seconds.
-    pub async fn transfer_leader(&self, node_id: u64) -> Result<(), NotLeader> {
-        let mut leadership = self.leadership();
-        if !matches!(*leadership.borrow(), Leadership::Leader { .. }) {
-            return Err(self.not_leader());
-        }
-        if node_id == self.shared.node_id {
-            return Ok(());
-        }
-        let term = self.term();
-        if self.shared.planted != Some(Planted::KeepsItsLease) {
-            self.shared.lease.give_up();
-        }
-        let refused = self.shared.raft.trigger().transfer_leader(node_id).await;
-        if let Err(error) = refused {
-            tracing::warn!(%error, "the lead cannot be handed over");
-        }
-        {
-            let raft = self.shared.raft.clone();
-            let mut tasks = self.shared.tasks.lock();
-            while tasks.try_join_next().is_some() {}
-            tasks.spawn(stand_down::if_nobody_took_the_lead(raft, node_id, term, READ_LIMIT));
-        }
-        let lost = leadership.wait_for(|leadership| !matches!(leadership, Leadership::Leader { .. }));
-        match tokio::time::timeout(READ_LIMIT, lost).await {
-            Ok(Ok(_)) => Ok(()),
-            _ => Err(self.not_leader()),
-        }
+    pub fn transfer_leader(&self, node_id: u64) -> BoxFuture<'_, Result<(), NotLeader>> {
+        Box::pin(async move {
+            let mut leadership = self.leadership();
+            if !matches!(*leadership.borrow(), Leadership::Leader { .. }) {
+                return Err(self.not_leader());
+            }
+            if node_id == self.shared.node_id {
+                return Ok(());
+            }
+            let term = self.term();
+            if self.shared.planted != Some(Planted::KeepsItsLease) {
+                self.shared.lease.give_up();
+            }
+            let refused = self.shared.raft.trigger().transfer_leader(node_id).await;
+            if let Err(error) = refused {
+                tracing::warn!(%error, "the lead cannot be handed over");
+            }
+            {
+                let raft = self.shared.raft.clone();
+                let mut tasks = self.shared.tasks.lock();
+                while tasks.try_join_next().is_some() {}
+                tasks.spawn(stand_down::if_nobody_took_the_lead(raft, node_id, term, READ_LIMIT));
+            }
+            let lost = leadership.wait_for(|leadership| !matches!(leadership, Leadership::Leader { .. }));
+            match tokio::time::timeout(READ_LIMIT, lost).await {
+                Ok(Ok(_)) => Ok(()),
+                _ => Err(self.not_leader()),
+            }
+        })
     }
 
     /// Ends at once, as a crash would: nothing is handed over, nothing more is written. For tests of what survives.
-    pub async fn abandon(self) {
-        if let Err(error) = self.shared.raft.shutdown().await {
-            tracing::debug!(%error, "consensus did not end cleanly");
-        }
-        let mut tasks = std::mem::take(&mut *self.shared.tasks.lock());
-        tasks.shutdown().await;
-        self.shared.writer.stop().await;
+    pub fn abandon(self) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            if let Err(error) = self.shared.raft.shutdown().await {
+                tracing::debug!(%error, "consensus did not end cleanly");
+            }
+            let mut tasks = std::mem::take(&mut *self.shared.tasks.lock());
+            tasks.shutdown().await;
+            self.shared.writer.stop().await;
+        })
     }
 
     /// Gives the lead, if this node has it, to the voter that has most of the log: before an end, so that the pool hardly
     /// notices.
-    pub async fn hand_over(&self) {
-        if matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. })
-            && let Some(heir) = self.shared.lease.most_advanced_peer(self.shared.node_id)
-            && self.transfer_leader(heir).await.is_err()
-        {
-            tracing::warn!(heir, "the lead could not be handed over");
-        }
+    pub fn hand_over(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            if matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. })
+                && let Some(heir) = self.shared.lease.most_advanced_peer(self.shared.node_id)
+                && self.transfer_leader(heir).await.is_err()
+            {
+                tracing::warn!(heir, "the lead could not be handed over");
+            }
+        })
     }
 
     /// Ends: hands the lead over if it has it, writes what is not written, closes the database.
-    pub async fn shutdown(&self) {
-        self.hand_over().await;
-        if let Err(error) = self.shared.raft.shutdown().await {
-            tracing::warn!(%error, "consensus did not end cleanly");
-        }
-        let mut tasks = std::mem::take(&mut *self.shared.tasks.lock());
-        tasks.shutdown().await;
-        if let Err(error) = self.shared.machine.persist().await {
-            tracing::warn!(%error, "the last rows were not written; the log brings them back");
-        }
-        self.shared.writer.stop().await;
+    pub fn shutdown(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            self.hand_over().await;
+            if let Err(error) = self.shared.raft.shutdown().await {
+                tracing::warn!(%error, "consensus did not end cleanly");
+            }
+            let mut tasks = std::mem::take(&mut *self.shared.tasks.lock());
+            tasks.shutdown().await;
+            if let Err(error) = self.shared.machine.persist().await {
+                tracing::warn!(%error, "the last rows were not written; the log brings them back");
+            }
+            self.shared.writer.stop().await;
+        })
     }
 }
 
