@@ -40,7 +40,7 @@ pub use handlers::{
     ByteStream, CONSOLE, Credentials, Declined, HANDLERS, Handler, Inquiry, Knock, Opened, Tunnel, Verb,
 };
 pub use membership::{
-    Abroad, Alone, AskError, Home, Newcomer, Peers, Seat, Standing, Surroundings, Trust, VoterPolicy, enrol_witness,
-    told_to_have,
+    Abroad, Alone, AskError, ExchangeError, Home, Newcomer, Peers, Seat, Standing, Surroundings, Trust, VoterPolicy,
+    enrol_witness, told_to_have,
 };
 pub use repeats::OWN_KEY;

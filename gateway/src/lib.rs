@@ -19,4 +19,4 @@ pub use calls::Calls;
 pub use forward::{ForwardClient, forward_service};
 pub use listen::{Gateway, GatewayConfig, GatewayError};
 pub use members::{PeersByGrpc, members_service};
-pub use tls::{TlsError, TlsFiles};
+pub use tls::{ApiCertificate, TlsError, TlsFiles};

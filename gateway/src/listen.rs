@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use controller::Transport;
+use futures::future::BoxFuture;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,10 +23,10 @@ use crate::calls::{Calls, Server};
 use crate::forward::ForwardClient;
 use crate::http::raw::{self, Opening, Rewound};
 use crate::http::{self, Origin, Site};
-use crate::tls::{TlsError, TlsFiles};
+use crate::tls::{ApiCertificate, TlsError};
 
 /// Where and within which limits to listen.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct GatewayConfig {
     /// HTTPS.
     pub tls: Vec<SocketAddr>,
@@ -33,8 +34,8 @@ pub struct GatewayConfig {
     pub plain: Vec<SocketAddr>,
     /// The Unix socket; made anew at each start, mode 0600.
     pub socket: Option<PathBuf>,
-    /// Certificate and key for HTTPS.
-    pub certificate: TlsFiles,
+    /// What is shown over HTTPS.
+    pub certificate: ApiCertificate,
     /// Bytes that a call's body may have.
     pub largest_body: usize,
     /// Connections at once, over all listeners; more wait to be accepted.
@@ -84,7 +85,16 @@ impl Gateway {
     ///
     /// # Errors
     /// [`GatewayError`].
-    pub async fn start(
+    pub fn start(
+        config: GatewayConfig,
+        calls: Arc<dyn Calls>,
+        forward: ForwardClient,
+        shutdown: CancellationToken,
+    ) -> BoxFuture<'static, Result<Self, GatewayError>> {
+        Box::pin(Self::begin(config, calls, forward, shutdown))
+    }
+
+    async fn begin(
         config: GatewayConfig,
         calls: Arc<dyn Calls>,
         forward: ForwardClient,
@@ -107,11 +117,9 @@ impl Gateway {
         let tasks = TaskTracker::new();
         let shared =
             Shared { site, tasks: tasks.clone(), room: Arc::new(Semaphore::new(config.connections)), shutdown };
-        if !tls_listeners.is_empty() {
-            let acceptor = TlsAcceptor::from(config.certificate.server()?);
-            for listener in tls_listeners {
-                tasks.spawn(accept_tcp(shared.clone(), listener, Some(acceptor.clone())));
-            }
+        for listener in tls_listeners {
+            config.certificate.server()?;
+            tasks.spawn(accept_tcp(shared.clone(), listener, Some(config.certificate.clone())));
         }
         let mut plain = Vec::new();
         for address in &config.plain {
@@ -158,7 +166,7 @@ struct Shared {
     shutdown: CancellationToken,
 }
 
-async fn accept_tcp(shared: Shared, listener: TcpListener, tls: Option<TlsAcceptor>) {
+async fn accept_tcp(shared: Shared, listener: TcpListener, tls: Option<ApiCertificate>) {
     loop {
         let Ok(room) = Arc::clone(&shared.room).acquire_owned().await else { return };
         let accepted = tokio::select! {
@@ -180,7 +188,14 @@ async fn accept_tcp(shared: Shared, listener: TcpListener, tls: Option<TlsAccept
         }
         let port = stream.local_addr().ok().map(|address| address.port());
         let origin = Origin { transport: Transport::Tcp, peer: Some(peer.ip()), secure: tls.is_some(), port };
-        let (shared_by, tls) = (shared.clone(), tls.clone());
+        let shared_by = shared.clone();
+        let tls = match tls.as_ref().map(ApiCertificate::server).transpose() {
+            Ok(server) => server.map(TlsAcceptor::from),
+            Err(error) => {
+                tracing::warn!(%error, "a connection was not accepted");
+                continue;
+            }
+        };
         shared.tasks.spawn(async move {
             match tls {
                 None => connection(shared_by, stream, origin).await,

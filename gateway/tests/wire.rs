@@ -615,8 +615,9 @@ async fn a_start_that_was_cut_off_leaves_nothing_that_stops_the_next() {
     let running = Running::with(|config, directory| {
         // A key that others may read, and no certificate yet.
         std::fs::create_dir(directory.join("made")).unwrap();
-        std::fs::write(&config.certificate.key, "half a k").unwrap();
-        std::fs::set_permissions(&config.certificate.key, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let key = support::tls_files(directory).key;
+        std::fs::write(&key, "half a k").unwrap();
+        std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
         config.tls = vec!["127.0.0.1:0".parse().unwrap()];
     })
     .await;

@@ -81,6 +81,47 @@ async fn shown(client: &mut Client, uuid: &str) -> String {
     text(&client.call("host.get_server_certificate", json!([host])).await.unwrap())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_shows_the_certificate_that_it_was_given_until_it_is_given_another() {
+    let lab = Lab::sim().await.unwrap();
+    let mut client = lab.client().await.unwrap();
+    let master = lab.made().master().unwrap().clone();
+    let other = lab.made().others()[0].clone();
+    let file = |host: &str, name: &str| std::fs::read_to_string(lab.dir().join(host).join("tls").join(name)).unwrap();
+    let its = shown(&mut client, &master.uuid).await;
+    let before = shown(&mut client, &other.uuid).await;
+    let host = lab.host_reference(&mut client, &other.name).await.unwrap();
+    // Who listens there meanwhile goes on.
+    let mut there = client.at(&other.endpoint().unwrap());
+    there.call("host.get_uuid", json!([host])).await.unwrap();
+
+    let (certificate, key) = (file(&master.name, "api.pem"), file(&master.name, "api.key"));
+    let wrong = json!([host, certificate, file(&other.name, "api.key")]);
+    let refused = refusal(client.call("host.install_server_certificate", wrong).await);
+    assert_eq!(refused.0, "SERVER_CERTIFICATE_KEY_MISMATCH");
+    assert_eq!(shown(&mut client, &other.uuid).await, before);
+
+    client.call("host.install_server_certificate", json!([host, certificate, key])).await.unwrap();
+    assert_eq!(shown(&mut client, &other.uuid).await, its);
+    there.call("host.get_uuid", json!([host])).await.unwrap();
+    let rows = client.call("Certificate.get_all_records", json!([])).await.unwrap();
+    let of_the_host = |row: &&Value| row["type"] == "host" && row["host"] == host.as_str();
+    let rows: Vec<_> = rows.as_object().unwrap().values().filter(of_the_host).cloned().collect();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(text(&rows[0]["fingerprint"]).len(), 95, "32 bytes in hexadecimal with colons");
+
+    lab.kill(&other.name, What::Controller).await.unwrap();
+    lab.start(&other.name, What::Controller).await.unwrap();
+    assert_eq!(shown(&mut client, &other.uuid).await, its);
+
+    client.call("host.reset_server_certificate", json!([host])).await.unwrap();
+    let own = shown(&mut client, &other.uuid).await;
+    assert!(own != its && own != before);
+    let mut sitting = client.at(&other.local());
+    sitting.call("host.emergency_reset_server_certificate", json!([])).await.unwrap();
+    assert_ne!(shown(&mut client, &other.uuid).await, own);
+}
+
 async fn names(client: &mut Client, message: &str) -> Vec<String> {
     let names = client.persist(SOON, message, json!([])).await.unwrap();
     names.as_array().unwrap().iter().map(text).collect()

@@ -7,7 +7,7 @@ use datamodel::{Host, Ref, Timestamp, Value, Vm, errors, model};
 
 use crate::call::Call;
 use crate::failure::{Served, refuse};
-use crate::membership::{self, departure, rotation, trust};
+use crate::membership::{self, departure, rotation, shown, trust};
 use crate::placement;
 
 pub(super) async fn get_servertime(cx: &Call, this: Ref<Host>) -> Served<Timestamp> {
@@ -45,6 +45,20 @@ pub(super) async fn declare_dead(cx: &Call, this: Ref<Host>) -> Served<()> {
 
 pub(super) async fn refresh_server_certificate(cx: &Call, this: Ref<Host>) -> Served<()> {
     rotation::refresh(cx, this).await
+}
+
+pub(super) async fn install_server_certificate(
+    cx: &Call,
+    this: Ref<Host>,
+    certificate: String,
+    private_key: String,
+    certificate_chain: String,
+) -> Served<()> {
+    shown::install(cx, this, &certificate, private_key, &certificate_chain).await
+}
+
+pub(super) async fn reset_server_certificate(cx: &Call, this: Ref<Host>) -> Served<()> {
+    shown::reset(cx, this).await
 }
 
 pub(super) async fn get_server_certificate(cx: &Call, this: Ref<Host>) -> Served<String> {

@@ -20,7 +20,7 @@ use serde_json::json;
 use super::join::{Credential, ask_in, login as login_abroad};
 use super::seat::{self, AskError, Parting, Seat};
 use super::trust::Trust;
-use super::{expect_no_ha, is_live, node_id};
+use super::{expect_no_ha, is_live, node_id, shown};
 use crate::call::{Call, Refusal, Reply, Request, Transport};
 use crate::controller::Shared;
 use crate::failure::{Failure, Served, refuse};
@@ -65,6 +65,9 @@ pub(crate) fn serves(name: &str) -> bool {
         "session.slave_local_login_with_password"
             | "session.slave_local_login"
             | "host.is_in_emergency_mode"
+            | "host.emergency_reset_server_certificate"
+            | "host.emergency_disable_tls_verification"
+            | "host.emergency_reenable_tls_verification"
             | "pool.emergency_transition_to_master"
             | "pool.emergency_reset_master"
     )
@@ -105,6 +108,12 @@ pub(crate) async fn serve(shared: &Arc<Shared>, request: &Request) -> Option<Res
             "host.is_in_emergency_mode" => {
                 return Ok(Value::Bool(leadership(shared, ELECTION).await == Leadership::Electing));
             }
+            "host.emergency_reset_server_certificate" => shown::reset_here(shared).await?,
+            "host.emergency_disable_tls_verification" => {
+                return refuse(errors::operation_not_allowed("Hosts of one pool always verify one another"));
+            }
+            // It is never off.
+            "host.emergency_reenable_tls_verification" => {}
             "pool.emergency_transition_to_master" => begin_anew(shared).await?,
             "pool.emergency_reset_master" => follow(shared, &text(0)).await?,
             _ => {}

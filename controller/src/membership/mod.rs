@@ -13,6 +13,7 @@ pub(crate) mod mastership;
 pub(crate) mod precondition;
 pub(crate) mod rotation;
 pub(crate) mod seat;
+pub(crate) mod shown;
 pub(crate) mod stranger;
 pub(crate) mod trust;
 pub(crate) mod voters;
@@ -26,7 +27,7 @@ use crate::failure::{Served, refuse};
 
 pub use join::{Newcomer, enrol_witness};
 pub use rotation::told_to_have;
-pub use seat::{Abroad, Alone, AskError, Home, Peers, Seat, Standing, Surroundings};
+pub use seat::{Abroad, Alone, AskError, ExchangeError, Home, Peers, Seat, Standing, Surroundings};
 pub use trust::Trust;
 pub use voters::Policy as VoterPolicy;
 

@@ -96,6 +96,18 @@ pub trait Peers: Send + Sync + 'static {
 
     /// The certificate that a member has, and those of the authorities that it believes; none where it does not answer.
     async fn certificates(&self, address: &str) -> Option<(String, String)>;
+
+    /// Has a member show its clients this certificate, or one that it signs itself. What it shows then, a PEM text.
+    async fn exchange(&self, address: &str, shown: Option<Issued>) -> Result<String, ExchangeError>;
+}
+
+/// Why a member's clients see the certificate that they saw before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExchangeError {
+    /// It does not answer: perhaps it has done it, perhaps not.
+    Silent,
+    /// It cannot, and says why.
+    Refused(String),
 }
 
 /// The process around the controller.

@@ -131,13 +131,13 @@ fn is_name(name: &str) -> bool {
 }
 
 /// What clients are shown of a certificate.
-struct Shown {
-    not_before: Timestamp,
-    not_after: Timestamp,
-    fingerprint: String,
+pub(super) struct Shown {
+    pub not_before: Timestamp,
+    pub not_after: Timestamp,
+    pub fingerprint: String,
 }
 
-fn read_certificate(pem: &str) -> Option<Shown> {
+pub(super) fn read_certificate(pem: &str) -> Option<Shown> {
     let (_, pem) = parse_x509_pem(pem.as_bytes()).ok()?;
     let certificate = pem.parse_x509().ok()?;
     let validity = certificate.validity();

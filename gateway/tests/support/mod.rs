@@ -12,7 +12,8 @@ use controller::{
 };
 use datamodel::{ApiError, Input, Key, OpaqueRef, Value, errors};
 use futures::StreamExt;
-use gateway::{Calls, ForwardClient, Gateway, GatewayConfig, TlsFiles};
+use futures::future::BoxFuture;
+use gateway::{ApiCertificate, Calls, ForwardClient, Gateway, GatewayConfig, TlsFiles};
 use raft_store::Member;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -130,53 +131,55 @@ impl Calls for Stub {
         })))
     }
 
-    async fn call(&self, request: Request) -> Result<Reply, Refusal> {
-        let Request { caller, method, params } = request;
-        match method.as_str() {
-            "system.listMethods" => Ok(Reply::Methods(vec!["VM.start".into(), "system.listMethods".into()])),
-            "echo" => Ok(Reply::Value(params.into_iter().next().map_or(Value::Void, value))),
-            "all" => Ok(Reply::Value(Value::Set(params.into_iter().map(value).collect()))),
-            "void" => Ok(Reply::Value(Value::Void)),
-            "panic" => panic!("a defect that the test asked for"),
-            "fails" => Err(Refusal::Api(ApiError::new("VM_BAD_POWER_STATE", vec!["<r>".into(), "a\"b".into()]))),
-            "fails_without_parameters" => Err(Refusal::Api(ApiError::new("MESSAGE_REMOVED", Vec::new()))),
-            "events" => Ok(Reply::Events(EventBatch {
-                events: vec![Event {
-                    id: 7,
-                    class: "vm",
-                    operation: "del",
-                    reference: OpaqueRef::NULL,
-                    snapshot: None,
-                }],
-                valid_ref_counts: vec![("task", 0), ("vm", 2)],
-                token: "1,2".into(),
-            })),
-            "next" => Ok(Reply::EventList(Vec::new())),
-            "settles" => match self.asked.fetch_add(1, Ordering::SeqCst) {
-                0 | 1 => Err(Refusal::Retry),
-                times => Ok(Reply::Value(Value::Int(i64::try_from(times).unwrap()))),
-            },
-            "elsewhere" => Err(Refusal::Forward(Member {
-                node_id: 2,
-                peer_address: "127.0.0.1:1".into(),
-                api_address: "127.0.0.1".into(),
-            })),
-            "begun" => Err(Refusal::Begun(Box::new(Refusal::Api(errors::host_in_emergency_mode())))),
-            "waits" => {
-                self.begun.notify_one();
-                self.go_on.notified().await;
-                Ok(Reply::Value(Value::str("done")))
+    fn call(&self, request: Request) -> BoxFuture<'_, Result<Reply, Refusal>> {
+        Box::pin(async move {
+            let Request { caller, method, params } = request;
+            match method.as_str() {
+                "system.listMethods" => Ok(Reply::Methods(vec!["VM.start".into(), "system.listMethods".into()])),
+                "echo" => Ok(Reply::Value(params.into_iter().next().map_or(Value::Void, value))),
+                "all" => Ok(Reply::Value(Value::Set(params.into_iter().map(value).collect()))),
+                "void" => Ok(Reply::Value(Value::Void)),
+                "panic" => panic!("a defect that the test asked for"),
+                "fails" => Err(Refusal::Api(ApiError::new("VM_BAD_POWER_STATE", vec!["<r>".into(), "a\"b".into()]))),
+                "fails_without_parameters" => Err(Refusal::Api(ApiError::new("MESSAGE_REMOVED", Vec::new()))),
+                "events" => Ok(Reply::Events(EventBatch {
+                    events: vec![Event {
+                        id: 7,
+                        class: "vm",
+                        operation: "del",
+                        reference: OpaqueRef::NULL,
+                        snapshot: None,
+                    }],
+                    valid_ref_counts: vec![("task", 0), ("vm", 2)],
+                    token: "1,2".into(),
+                })),
+                "next" => Ok(Reply::EventList(Vec::new())),
+                "settles" => match self.asked.fetch_add(1, Ordering::SeqCst) {
+                    0 | 1 => Err(Refusal::Retry),
+                    times => Ok(Reply::Value(Value::Int(i64::try_from(times).unwrap()))),
+                },
+                "elsewhere" => Err(Refusal::Forward(Member {
+                    node_id: 2,
+                    peer_address: "127.0.0.1:1".into(),
+                    api_address: "127.0.0.1".into(),
+                })),
+                "begun" => Err(Refusal::Begun(Box::new(Refusal::Api(errors::host_in_emergency_mode())))),
+                "waits" => {
+                    self.begun.notify_one();
+                    self.go_on.notified().await;
+                    Ok(Reply::Value(Value::str("done")))
+                }
+                "caller" => Ok(Reply::Value(Value::set(vec![
+                    Value::str(if caller.transport == Transport::Unix { "unix" } else { "tcp" }),
+                    Value::str(caller.peer.map_or("-".to_owned(), |peer| peer.to_string())),
+                    Value::str(caller.user_agent),
+                    Value::str(caller.originator),
+                    Value::str(caller.idempotency_key.unwrap_or_else(|| "-".into())),
+                    Value::Bool(caller.forwarded),
+                ]))),
+                other => Err(Refusal::Api(errors::message_method_unknown(other))),
             }
-            "caller" => Ok(Reply::Value(Value::set(vec![
-                Value::str(if caller.transport == Transport::Unix { "unix" } else { "tcp" }),
-                Value::str(caller.peer.map_or("-".to_owned(), |peer| peer.to_string())),
-                Value::str(caller.user_agent),
-                Value::str(caller.originator),
-                Value::str(caller.idempotency_key.unwrap_or_else(|| "-".into())),
-                Value::Bool(caller.forwarded),
-            ]))),
-            other => Err(Refusal::Api(errors::message_method_unknown(other))),
-        }
+        })
     }
 }
 
@@ -230,14 +233,18 @@ pub fn config(directory: &Path) -> GatewayConfig {
         tls: Vec::new(),
         plain: Vec::new(),
         socket: None,
-        certificate: TlsFiles {
-            certificate: directory.join("made/certificate.pem"),
-            key: directory.join("made/key.pem"),
-            addresses: vec!["127.0.0.1".parse().unwrap()],
-            hostname: "localhost".into(),
-        },
+        certificate: ApiCertificate::of(tls_files(directory)),
         largest_body: LARGEST_BODY,
         connections: 64,
+    }
+}
+
+pub fn tls_files(directory: &Path) -> TlsFiles {
+    TlsFiles {
+        certificate: directory.join("made/certificate.pem"),
+        key: directory.join("made/key.pem"),
+        addresses: vec!["127.0.0.1".parse().unwrap()],
+        hostname: "localhost".into(),
     }
 }
 

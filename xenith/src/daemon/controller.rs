@@ -21,7 +21,8 @@ use controller::{
     VoterPolicy, WrongClock,
 };
 use gateway::{
-    Calls, ForwardClient, Gateway, GatewayConfig, HttpsAbroad, PeersByGrpc, TlsFiles, forward_service, members_service,
+    ApiCertificate, Calls, ForwardClient, Gateway, GatewayConfig, HttpsAbroad, PeersByGrpc, TlsFiles, forward_service,
+    members_service,
 };
 use raft_store::{PeerTls, Store, StoreConfig};
 use tokio::runtime::Handle;
@@ -173,7 +174,8 @@ async fn serve(config: ControllerConfig, ending: CancellationToken, consensus: &
     let controller = Controller::new(store.clone(), agents, rules, clock, stopping.clone());
     let calls: Arc<dyn Calls> = Arc::new(controller.clone());
     let forwarded = forward_service(Arc::clone(&calls));
-    let members = members_service(Some(controller.clone()), tls.clone());
+    let shown = ApiCertificate::of(tls_files(&config));
+    let members = members_service(Some(controller.clone()), tls.clone(), Some(shown.clone()));
     let services =
         |server: &mut Server| server.add_service(store.service()).add_service(forwarded).add_service(members);
     let mut peers = {
@@ -184,7 +186,8 @@ async fn serve(config: ControllerConfig, ending: CancellationToken, consensus: &
         let members: Vec<_> = founding.members.iter().filter(|member| member.replica).map(store_member).collect();
         store.initialize(&members).await.context("cannot start consensus")?;
     }
-    let gateway = Gateway::start(gateway_config(&config), calls, ForwardClient::new(tls), stopping.clone()).await?;
+    let gateway =
+        Gateway::start(gateway_config(&config, shown), calls, ForwardClient::new(tls), stopping.clone()).await?;
     let chores = tokio::spawn(async move { controller.run().await });
     tracing::info!(node = place.node_id, api = ?gateway.tls, peers = %config.peers.listen, "the controller serves");
 
@@ -226,21 +229,26 @@ pub(super) fn serve_peers(
     Ok(tokio::spawn(services(&mut server).serve_with_incoming(incoming.with_nodelay(Some(true)))))
 }
 
-fn gateway_config(config: &ControllerConfig) -> GatewayConfig {
+fn tls_files(config: &ControllerConfig) -> TlsFiles {
     let api = &config.api;
     let named = api.listen.iter().map(|address| address.ip()).filter(|address| !address.is_unspecified());
     let mut addresses: Vec<_> = this(config).map(|member| member.api_address).into_iter().chain(named).collect();
     addresses.dedup();
+    TlsFiles {
+        certificate: api.certificate.clone(),
+        key: api.key.clone(),
+        addresses,
+        hostname: nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned(),
+    }
+}
+
+fn gateway_config(config: &ControllerConfig, certificate: ApiCertificate) -> GatewayConfig {
+    let api = &config.api;
     GatewayConfig {
         tls: api.listen.clone(),
         plain: api.plain_http.clone(),
         socket: api.socket.clone(),
-        certificate: TlsFiles {
-            certificate: api.certificate.clone(),
-            key: api.key.clone(),
-            addresses,
-            hostname: nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned(),
-        },
+        certificate,
         largest_body: LARGEST_BODY,
         connections: CONNECTIONS,
     }

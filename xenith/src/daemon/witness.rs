@@ -89,7 +89,7 @@ async fn serve(config: WitnessConfig, master: Option<&str>, ending: Cancellation
         ..StoreConfig::new(database, seat.node_id, tls.clone())
     };
     let store = Store::open(settings).await.context("cannot open the database")?;
-    let members = members_service(None, tls.clone());
+    let members = members_service(None, tls.clone(), None);
     let services = |server: &mut Server| server.add_service(store.service()).add_service(members);
     let mut peers = serve_peers(config.listen, &tls, services)?;
     tracing::info!(node = seat.node_id, peers = %config.listen, "the witness votes");
