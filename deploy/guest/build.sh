@@ -44,9 +44,9 @@ install -m 755 "$here/on-lease" "$root/bin/on-lease"
 printf 'ID=xenith-guest\nNAME="Xenith guest"\nVERSION_ID=1\nPRETTY_NAME="Xenith guest 1"\n' >"$root/etc/os-release"
 
 # The guest agent: its program, the libraries that it names, theirs, and the loader of them all.
-for package in qemu-guest-agent libc6 libglib2.0-0 libnuma1 libpcre2-8-0 libudev1 liburing2; do
-  unpack "$work/agent" "${package}_*.deb" "echo $package"
-done
+packages=(qemu-guest-agent libc6 libglib2.0-0 libnuma1 libpcre2-8-0 libudev1 liburing2)
+fetch "${packages[@]}"
+for package in "${packages[@]}"; do unpack "$work/agent" "${package}_*.deb" "echo $package"; done
 cp "$work/agent/usr/sbin/qemu-ga" "$root/bin/qemu-ga"
 cp -L "$work/agent/lib64/ld-linux-x86-64.so.2" "$root/lib64/"
 libraries() { # FILE: the libraries that it asks for, by the names that end so in its string table

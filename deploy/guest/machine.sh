@@ -38,11 +38,11 @@ ln -s busybox "$root/bin/sh"
 install -m 755 "$here/machine-init" "$root/init"
 
 apart=$work/packages
-for package in lvm2 thin-provisioning-tools libdevmapper1.02.1 libdevmapper-event1.02.1 libaio1 libedit2 libbsd0 libmd0 \
-  nfs-common nfs-kernel-server libtirpc3 libtirpc-common libnsl2 libwrap0 libgssapi-krb5-2 libkrb5-3 libk5crypto3 \
-  libkrb5support0 libcom-err2 libkeyutils1; do
-  unpack "$apart" "${package}_*.deb" "echo $package"
-done
+packages=(lvm2 thin-provisioning-tools libdevmapper1.02.1 libdevmapper-event1.02.1 libaio1 libedit2 libbsd0 libmd0
+  nfs-common nfs-kernel-server libtirpc3 libtirpc-common libnsl2 libwrap0 libgssapi-krb5-2 libkrb5-3 libk5crypto3
+  libkrb5support0 libcom-err2 libkeyutils1)
+fetch "${packages[@]}"
+for package in "${packages[@]}"; do unpack "$apart" "${package}_*.deb" "echo $package"; done
 
 # A program with all the libraries that it loads.
 add_program() { # NAME

@@ -22,6 +22,21 @@ hold_cache() {
   flock 9
 }
 
+# Downloads those of these packages that no copy is stored of, at once: each call of apt-get takes seconds.
+fetch() { # PACKAGE...
+  local package missing=()
+  for package in "$@"; do
+    compgen -G "$cache/${package}_*.deb" >/dev/null || missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] && command -v apt-get >/dev/null || return 0
+  say "downloading ${missing[*]}"
+  local fresh; fresh=$(mktemp -d "$cache/download.XXXXXX")
+  # What this does not bring, `unpack` asks for alone, and says what is wrong.
+  (cd "$fresh" && apt-get download "${missing[@]}" >/dev/null 2>&1) || true
+  find "$fresh" -name '*.deb' -exec mv -t "$cache" {} +
+  rmdir "$fresh"
+}
+
 # Unpacks the newest stored copy of a package whose name matches, downloading it if there is none.
 # $1: directory to unpack into; $2: pattern of the file; $3: command that prints the package's name
 unpack() {

@@ -120,6 +120,9 @@ async fn a_host_shows_the_certificate_that_it_was_given_until_it_is_given_anothe
     let mut sitting = client.at(&other.local());
     sitting.call("host.emergency_reset_server_certificate", json!([])).await.unwrap();
     assert_ne!(shown(&mut client, &other.uuid).await, own);
+    let refused = refusal(sitting.call("host.emergency_disable_tls_verification", json!([])).await);
+    assert_eq!(refused.0, "OPERATION_NOT_ALLOWED");
+    sitting.call("host.emergency_reenable_tls_verification", json!([])).await.unwrap();
 }
 
 async fn names(client: &mut Client, message: &str) -> Vec<String> {

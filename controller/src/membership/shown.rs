@@ -98,7 +98,9 @@ fn checked(pem: &str, key: &str, chain: &str, now: Timestamp) -> Served<String> 
     if pem.len() + chain.len() > LARGEST {
         return refuse(invalid());
     }
-    let key = KeyPair::from_pem(key).ok();
+    // A key and nothing beside it: what stands in its file is told from certificates by their first line.
+    let key =
+        Some(key).filter(|key| key.matches("-----BEGIN").count() == 1).and_then(|key| KeyPair::from_pem(key).ok());
     let first = certificates(pem).into_iter().flatten().next().ok_or_else(invalid)?;
     let parsed = first.parse_x509().map_err(|_| invalid())?;
     let public = parsed.public_key();
@@ -191,6 +193,7 @@ mod tests {
             (junk, &key, "", "SERVER_CERTIFICATE_INVALID"),
             (&key, &key, "", "SERVER_CERTIFICATE_INVALID"),
             (&good, "no key", "", "SERVER_CERTIFICATE_KEY_INVALID"),
+            (&good, &format!("{key}{good}"), "", "SERVER_CERTIFICATE_KEY_INVALID"),
             (&good, &other.serialize_pem(), "", "SERVER_CERTIFICATE_KEY_MISMATCH"),
             (&good, &ecdsa.serialize_pem(), "", "SERVER_CERTIFICATE_KEY_MISMATCH"),
             (
