@@ -78,7 +78,12 @@ def install(x):
         metrics = x.VM.get_guest_metrics(vm)
         return metrics != "OpaqueRef:NULL" and x.VM_guest_metrics.get_os_version(metrics)
 
+    def address():
+        metrics = x.VM.get_guest_metrics(vm)
+        return metrics != "OpaqueRef:NULL" and x.VM_guest_metrics.get_networks(metrics).get("0/ip")
+
     version = until(GUEST_LIMIT, "the guest to say what it is", os_version)
+    until(GUEST_LIMIT, "the guest to have an address", address)
     did("install", vm=vm, os=version)
     return vm
 

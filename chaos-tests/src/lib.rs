@@ -6,5 +6,6 @@ pub mod bench;
 pub mod client;
 pub mod history;
 pub mod lab;
+pub mod namespace;
 pub mod relay;
 pub mod stock;

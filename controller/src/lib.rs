@@ -16,6 +16,7 @@ mod first_boot;
 mod handlers;
 mod implicit;
 mod in_hand;
+mod interfaces;
 mod lifecycle;
 mod membership;
 mod notices;

@@ -20,7 +20,7 @@ use bytes::Bytes;
 use datamodel::{ClassId, Key, Type, Value};
 use openraft::EntryPayload;
 use openraft::async_runtime::WatchReceiver as _;
-use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::codec::{DecodeError, batch_format, encode_batch};
 use crate::machine::Machine;
@@ -41,9 +41,12 @@ pub(crate) const NEWEST: u32 = 3;
 /// The formats of replicated data that this version can be limited to: [`StoreConfig::reads`](crate::StoreConfig::reads).
 pub const FORMATS: RangeInclusive<u32> = OLDEST..=NEWEST;
 
-/// The leader looks so often whether the level can be raised.
+/// The leader looks whether the level can be raised when it takes office, when a member says what it reads, and so often.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 const RAISE_LIMIT: Duration = Duration::from_secs(5);
+/// A transaction waits so long for a format that no member is known to stand against: a new pool, and a new leader, have
+/// not heard from all members yet.
+const REACH_LIMIT: Duration = Duration::from_secs(2);
 
 /// A format, if it can be read.
 pub(crate) fn readable(format: u32, reads: u32) -> Result<u32, DecodeError> {
@@ -69,7 +72,7 @@ pub(crate) fn admit_bytes(encoded: Bytes, reads: u32) -> Result<(), DecodeError>
 pub(crate) struct TooNew(pub(crate) u32);
 
 /// What the names and words in a transaction need.
-fn needed(transaction: &Transaction) -> u32 {
+pub(crate) fn needed(transaction: &Transaction) -> u32 {
     let writes = transaction.writes.iter().map(|write| match write {
         Write::Insert(class, _, fields) => {
             let fields =
@@ -191,12 +194,12 @@ pub(crate) struct Formats {
     /// The newest that this member reads.
     pub(crate) reads: u32,
     machine: Arc<Machine>,
-    others: Arc<Mutex<BTreeMap<u64, u32>>>,
+    others: watch::Sender<BTreeMap<u64, u32>>,
 }
 
 impl Formats {
     pub(crate) fn new(reads: u32, machine: Arc<Machine>) -> Self {
-        Self { reads: reads.clamp(OLDEST, NEWEST), machine, others: Arc::default() }
+        Self { reads: reads.clamp(OLDEST, NEWEST), machine, others: watch::Sender::default() }
     }
 
     /// What the pool writes.
@@ -206,42 +209,80 @@ impl Formats {
 
     /// Whether a member is known to read what the pool writes.
     pub(crate) fn suits(&self, node: u64) -> bool {
-        self.others.lock().get(&node).is_some_and(|reads| *reads >= self.level())
+        self.others.borrow().get(&node).is_some_and(|reads| *reads >= self.level())
     }
 
     /// A member has said what it reads. Whether it reads what the pool writes.
     pub(crate) fn heard(&self, node: u64, reads: u32) -> bool {
-        let (level, before) = (self.level(), self.others.lock().insert(node, reads));
-        if reads < level && before != Some(reads) {
+        let level = self.level();
+        let news = self.others.send_if_modified(|others| others.insert(node, reads) != Some(reads));
+        if reads < level && news {
             tracing::error!(node, reads, level, "a member of an older version gets nothing: upgrade it");
         }
         reads >= level
     }
 
-    /// The newest format that these members all read; none while one has not said.
-    fn common(&self, nodes: impl IntoIterator<Item = u64>, this: u64) -> Option<u32> {
-        let others = self.others.lock();
-        let reads =
-            nodes.into_iter().map(|node| if node == this { Some(self.reads) } else { others.get(&node).copied() });
-        reads.min().flatten()
+    /// The newest format that the members all read; none while one has not said.
+    fn common(&self, raft: &Raft, this: u64) -> Option<u32> {
+        self.read_by_members(raft, this).into_iter().min().flatten()
+    }
+
+    /// Whether a member is known not to read a format.
+    fn stands_against(&self, raft: &Raft, this: u64, format: u32) -> bool {
+        self.read_by_members(raft, this).into_iter().flatten().any(|reads| reads < format)
+    }
+
+    /// What each member reads; none for one that has not said.
+    fn read_by_members(&self, raft: &Raft, this: u64) -> Vec<Option<u32>> {
+        let metrics = raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let others = self.others.borrow();
+        let nodes = metrics.membership_config.membership().nodes();
+        nodes.map(|(id, _)| if *id == this { Some(self.reads) } else { others.get(id).copied() }).collect()
+    }
+
+    /// Waits until the pool writes a format, as long as no member stands against it. Whether it does, in time.
+    pub(crate) async fn reached(&self, raft: &Raft, this: u64, format: u32) -> bool {
+        let (mut applied, mut others) = (self.machine.applied.subscribe(), self.others.subscribe());
+        let waiting = async {
+            loop {
+                // ORDER: what is seen from here on wakes, what was seen before is looked at.
+                applied.borrow_and_update();
+                others.borrow_and_update();
+                if self.level() >= format {
+                    return true;
+                }
+                if self.stands_against(raft, this, format) {
+                    return false;
+                }
+                let goes_on = tokio::select! {
+                    changed = applied.changed() => changed.is_ok(),
+                    changed = others.changed() => changed.is_ok(),
+                };
+                if !goes_on {
+                    return false;
+                }
+            }
+        };
+        tokio::time::timeout(REACH_LIMIT, waiting).await.unwrap_or(false)
     }
 }
 
 /// Raises the level whenever this node leads and every member reads a newer one. Ends with the store.
 pub(crate) async fn raise(this: u64, raft: Raft, formats: Formats) {
-    let metrics = raft.metrics();
+    let (mut office, mut others) = (formats.machine.office.subscribe(), formats.others.subscribe());
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        // Both are kept by `formats`: neither ends before this does.
+        tokio::select! {
+            _ = office.changed() => {}
+            _ = others.changed() => {}
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+        }
         let level = formats.level();
-        if level >= formats.reads {
+        if level >= formats.reads || !leads(raft.metrics().borrow_watched().state) {
             continue;
         }
-        let common = {
-            let metrics = metrics.borrow_watched();
-            let nodes: Vec<u64> = metrics.membership_config.membership().nodes().map(|(id, _)| *id).collect();
-            if leads(metrics.state) { formats.common(nodes, this) } else { None }
-        };
-        let Some(format) = common.filter(|common| *common > level) else { continue };
+        let Some(format) = formats.common(&raft, this).filter(|common| *common > level) else { continue };
         let batch = Batch {
             format,
             transactions: Arc::from([]),

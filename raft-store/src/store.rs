@@ -347,7 +347,9 @@ impl Store {
         if !matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. }) {
             return Err(self.not_leader().into());
         }
-        format::fit(&mut transaction, self.state().format).map_err(|TooNew(format)| CommitError::NotYet(format))?;
+        if format::needed(&transaction) > self.format() {
+            transaction = self.fitting(transaction).await?;
+        }
         let deadline = Instant::now() + self.shared.commit_limit;
         let id = transaction.id();
         let (answer, outcome) = oneshot::channel();
@@ -358,6 +360,34 @@ impl Store {
             Ok(Ok(Err(Unanswered::Open { term }))) => self.fate(id, term, deadline).await,
             Ok(Err(_)) | Err(_) => Err(CommitError::Unknown),
         }
+    }
+
+    /// A transaction with newer names, as the pool can write it.
+    fn fitting(&self, transaction: Transaction) -> BoxFuture<'_, Result<Transaction, CommitError>> {
+        Box::pin(async move {
+            let mut fitted = transaction.clone();
+            let Err(TooNew(format)) = format::fit(&mut fitted, self.format()) else { return Ok(fitted) };
+            self.until_it_writes(format).await?;
+            // All of it this time.
+            fitted = transaction;
+            format::fit(&mut fitted, self.format()).map_err(|TooNew(format)| CommitError::NotYet(format))?;
+            Ok(fitted)
+        })
+    }
+
+    /// Waits until the pool writes a format: not for long, and not where a member is known not to read it. On the leader
+    /// only.
+    ///
+    /// # Errors
+    /// [`CommitError::NotYet`], or [`CommitError::NotLeader`] where the lead was lost meanwhile.
+    pub async fn until_it_writes(&self, format: u32) -> Result<(), CommitError> {
+        if self.shared.service.formats.reached(&self.shared.raft, self.shared.node_id, format).await {
+            return Ok(());
+        }
+        if matches!(*self.shared.leadership.borrow(), Leadership::Leader { .. }) {
+            return Err(CommitError::NotYet(format));
+        }
+        Err(self.not_leader().into())
     }
 
     /// What became of a transaction whose entry was appended in `term` by a lead that was lost. Once an entry of a

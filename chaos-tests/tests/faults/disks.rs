@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use chaos_tests::history::load::Load;
 use chaos_tests::lab::{Lab, What};
+use chaos_tests::namespace::MOUNTS;
 use serde_json::json;
 
 use crate::long_life::write_much;
@@ -141,30 +142,6 @@ async fn two_damaged_databases_of_three_never_make_a_majority() {
     }
 }
 
-/// Says whether this process may mount what nobody else sees. If not, the test is run again by one that may, and is
-/// over when that has ended.
-fn in_a_mount_namespace_of_its_own(test: &str) -> bool {
-    const THERE: &str = "XENITH_TEST_MOUNTS";
-    if std::env::var_os(THERE).is_some() {
-        return true;
-    }
-    let unshare = |flags: &[&str]| {
-        let mut command = Command::new("unshare");
-        command.args(flags).args(["--mount", "--propagation", "private"]);
-        command
-    };
-    let ways: [&[&str]; 2] = [&[], &["--user", "--map-root-user"]];
-    let possible = ways.iter().find(|flags| unshare(flags).arg("true").status().is_ok_and(|status| status.success()));
-    let Some(flags) = possible else {
-        eprintln!("NOT TESTED: {test} needs a small disk, and this machine lets us make none (see unshare(1))");
-        return false;
-    };
-    let mut again = unshare(flags);
-    again.arg(std::env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]).env(THERE, "yes");
-    assert!(again.status().unwrap().success(), "{test} failed in a mount namespace of its own");
-    false
-}
-
 /// Puts a host's database on a small disk of its own.
 fn on_a_small_disk(lab: &Lab, host: &str) {
     let (place, before) = (database(lab, host), lab.dir().join(host).join("before"));
@@ -194,7 +171,7 @@ fn fill(path: &Path) {
 #[test]
 fn a_host_whose_disk_is_full_acknowledges_nothing_and_comes_back_when_there_is_room() {
     const NAME: &str = "disks::a_host_whose_disk_is_full_acknowledges_nothing_and_comes_back_when_there_is_room";
-    if in_a_mount_namespace_of_its_own(NAME) {
+    if MOUNTS.is_entered_for(NAME) {
         tokio::runtime::Runtime::new().unwrap().block_on(fill_the_disks_of_a_member_and_of_the_master());
     }
 }

@@ -7,7 +7,7 @@ use chaos_tests::lab::Lab;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::support::{SOON, plugged, refusal, template, text, until};
+use crate::support::{SOON, interface, plugged, refusal, template, text, until};
 
 /// A real guest under emulation takes its time.
 const GUEST_LIMIT: Duration = Duration::from_secs(120);
@@ -84,11 +84,20 @@ async fn a_real_guest_says_what_it_is_gives_memory_back_and_shows_its_screen() {
     let lab = Lab::up(1, "qemu").await.unwrap();
     let mut client = client(&lab).await;
     let vm = made(&mut client, "a guest").await;
+    let (vif, _) = interface(&mut client, &vm).await;
     client.call("VM.set_memory_limits", json!([vm, 64 * MIB, 192 * MIB, 96 * MIB, 192 * MIB])).await.unwrap();
     client.call("VM.start", json!([vm, false, false])).await.unwrap();
     let said = speaks(&mut client, &vm).await;
     assert!(!said["os_version"].as_object().unwrap().is_empty(), "{said}");
     assert_eq!(said["PV_drivers_detected"], true);
+    // No bridge of that name is there: DHCP answers it on a network of its own.
+    until(GUEST_LIMIT, "the guest's address", async || {
+        let metrics = field(&mut client, &vm, "guest_metrics").await;
+        let networks = client.call("VM_guest_metrics.get_networks", json!([metrics])).await.ok()?;
+        (networks["0/ip"] == "10.0.2.15").then_some(())
+    })
+    .await;
+    assert_eq!(client.call("VIF.get_currently_attached", json!([vif])).await.unwrap(), true);
     client.call("VM.set_memory_dynamic_range", json!([vm, 128 * MIB, 128 * MIB])).await.unwrap();
     assert_eq!(field(&mut client, &vm, "memory_target").await, json!(128 * MIB));
     client.call("VM.wait_memory_target_live", json!([vm])).await.unwrap();

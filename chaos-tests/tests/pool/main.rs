@@ -10,6 +10,7 @@ mod lab;
 mod lifecycle;
 mod mastership;
 mod membership;
+mod network;
 mod stock;
 mod storage;
 mod support;

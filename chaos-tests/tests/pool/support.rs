@@ -56,6 +56,18 @@ pub async fn new_vm(client: &mut Client, name: &str) -> String {
     text(&client.call("VM.clone", json!([template, name])).await.unwrap())
 }
 
+/// A new interface of a VM, on the network of the host's first NIC; and that network.
+pub async fn interface(client: &mut Client, vm: &str) -> (String, String) {
+    let pifs = client.call("PIF.get_all_records", json!([])).await.unwrap();
+    let first = pifs.as_object().unwrap().values().min_by_key(|pif| text(&pif["device"])).unwrap();
+    let network = text(&first["network"]);
+    let record = json!({
+        "VM": vm, "network": network, "device": "0", "MAC": "", "MTU": 1500, "other_config": {},
+        "qos_algorithm_type": "", "qos_algorithm_params": {},
+    });
+    (text(&client.call("VIF.create", json!([record])).await.unwrap()), network)
+}
+
 /// Waits until the lab says that another host is master, and gives its name.
 pub async fn other_master(lab: &Lab, than: &str) -> String {
     until(SOON, "another master", async || lab.status().await.unwrap().master.filter(|name| name != than)).await

@@ -41,9 +41,7 @@ pub(crate) async fn restore(transfer: &Transfer, body: ByteStream) -> Served<()>
         return refuse(errors::other_operation_in_progress("pool", pool, "restore", OpaqueRef::NULL));
     };
     let dump = Arc::new(receive(body).await?);
-    if shared.store.format() < Staged::ID.def().format {
-        return refuse(errors::not_supported_during_upgrade());
-    }
+    shared.store.until_it_writes(Staged::ID.def().format).await?;
     let (mut state, mut plan) = decide(shared, &dump).await?;
     if transfer.flag("dry_run") {
         tracing::info!(rows = dump.len(), "a dump fits this pool");

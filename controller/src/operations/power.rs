@@ -17,7 +17,7 @@ use super::{CLEAN_LIMIT, Draft, Ending, Kind, Planned, Seen, run, show};
 use crate::call::{Call, find};
 use crate::failure::{Failure, Served};
 use crate::storage::disks;
-use crate::{lifecycle, placement};
+use crate::{interfaces, lifecycle, placement};
 
 /// What is done to a VM's power.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,6 +190,7 @@ impl Kind for Power {
             show(end.shared, end.state, end.change, row, journal.host, domain);
             if self.starts() && domain.state() != PowerState::Halted {
                 disks::attached(end.state, end.change, row);
+                interfaces::attached(end.state, end.change, row);
             }
         }
         Ok(Value::Void)
@@ -227,7 +228,7 @@ pub(super) fn spec(state: &State, row: &Row, host_ref: Ref<Host>, generation: Lo
         firmware: boot.get("firmware").cloned().unwrap_or_else(|| "bios".into()),
         boot_order: boot.get("order").cloned().unwrap_or_else(|| "cd".into()),
         disks: disks::of_domain(state, row, host_ref)?,
-        vifs: Vec::new(),
+        vifs: interfaces::of_domain(state, row),
         on_shutdown: row.get(vm::ACTIONS_AFTER_SHUTDOWN).as_str().to_owned(),
         on_reboot: row.get(vm::ACTIONS_AFTER_REBOOT).as_str().to_owned(),
         on_crash: row.get(vm::ACTIONS_AFTER_CRASH).as_str().to_owned(),

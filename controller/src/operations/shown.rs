@@ -8,8 +8,8 @@ use raft_store::{NewRow, Row, State, Transaction};
 
 use super::guest;
 use crate::controller::Shared;
-use crate::placement;
 use crate::storage::disks;
+use crate::{interfaces, placement};
 
 /// Memory that differs by less is not worth an entry of the log.
 const MEMORY_STEP: i64 = 1 << 20;
@@ -105,6 +105,9 @@ pub(crate) fn show_gone(shared: &Shared, state: &State, change: &mut Transaction
             .set(metrics, vm_metrics::LAST_UPDATED, shared.now());
     }
     guest::forget(change, vm_row);
+    if power == VmPowerState::Halted {
+        interfaces::detached(state, change, vm_row);
+    }
     for console in vm_row.get(vm::CONSOLES) {
         change.delete::<Console>(console);
     }

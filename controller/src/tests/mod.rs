@@ -9,6 +9,7 @@ mod dispatch;
 mod events;
 mod guests;
 mod implicit;
+mod interfaces;
 mod lifecycle;
 mod membership;
 mod operations;

@@ -4,16 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use datamodel::enums::VmOperations as Op;
 use datamodel::fields::{network, pbd, pif, pool, sr, vbd, vdi, vif, vm};
-use datamodel::{ApiError, Host, Network, Pbd, Pif, Pool, Ref, Session, Sr, Value, Vbd, Vif, Vm, errors};
+use datamodel::{ApiError, Host, Network, Pbd, Pif, Pool, Ref, Session, Sr, Value, Vbd, Vm, errors};
 use raft_store::{Row, State};
 
 use crate::call::{Call, find};
 use crate::failure::{Served, refuse};
-use crate::lifecycle;
 use crate::storage::free_devices;
+use crate::{interfaces, lifecycle};
 
-/// Slots for network interfaces.
-const LAST_INTERFACE: u32 = 15;
 const TRIGGERS: &[&str] = &["nmi", "init", "reset", "power", "sleep", "s3resume"];
 
 /// The record as it is: what a domain was started with is not changed while it lives, and what is changed live, is so.
@@ -28,19 +26,12 @@ pub(in crate::api) async fn assert_operation_valid(cx: &Call, this: Ref<Vm>, ope
     Ok(lifecycle::check(&cx.state, &*cx.row(this)?, operation)?)
 }
 
-fn free_slots(taken: &BTreeSet<u32>, last: u32) -> Vec<String> {
-    (0..=last).filter(|slot| !taken.contains(slot)).map(|slot| slot.to_string()).collect()
-}
-
 pub(in crate::api) async fn get_allowed_vbd_devices(cx: &Call, this: Ref<Vm>) -> Served<Vec<String>> {
     Ok(free_devices(&cx.state, &*cx.row(this)?))
 }
 
 pub(in crate::api) async fn get_allowed_vif_devices(cx: &Call, this: Ref<Vm>) -> Served<Vec<String>> {
-    let row = cx.row(this)?;
-    let interfaces = row.get(vm::VIFS).into_iter().filter_map(|reference: Ref<Vif>| cx.state.row(reference));
-    let taken = interfaces.filter_map(|row| row.get(vif::DEVICE).parse().ok()).collect();
-    Ok(free_slots(&taken, LAST_INTERFACE))
+    Ok(interfaces::free(&cx.state, &*cx.row(this)?))
 }
 
 /// None yet: figures come with the statistics.
