@@ -53,7 +53,7 @@ pub(super) fn store_deed(action: wire::step::Action) -> Result<StoreDeed, Status
         Wanted::DetachStore(it) => StoreDeed::Detach(store(it.store)?),
         Wanted::CreateStore(it) => StoreDeed::Create { store: store(it.store)?, physical_size: it.physical_size },
         Wanted::DestroyStore(it) => StoreDeed::Destroy(store(it.store)?),
-        Wanted::ProbeStore(it) => StoreDeed::Probe(store(it.store)?),
+        Wanted::ProbeStore(it) => StoreDeed::Probe(looked_for(it.store)?),
         // What the pool has no row of is told like everything else, so that it need not be known here.
         Wanted::ScanStore(it) => StoreDeed::Scan(store(it.store)?),
         Wanted::CreateVolume(it) => {
@@ -87,6 +87,12 @@ fn store(store: Option<wire::Store>) -> Result<StoreSpec, Status> {
     let sr = store.sr.parse();
     let sr = sr.map_err(|_| Status::invalid_argument(format!("{:?} is no uuid of an SR", store.sr)))?;
     Ok(StoreSpec { sr, driver: store.driver, device_config: store.device_config.into_iter().collect() })
+}
+
+/// Where to look: what is there has no SR yet.
+fn looked_for(place: Option<wire::Store>) -> Result<StoreSpec, Status> {
+    let place = place.map(|place| wire::Store { sr: Uuid::nil().to_string(), ..place });
+    store(place)
 }
 
 /// A volume that has to be said.

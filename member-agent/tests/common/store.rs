@@ -121,6 +121,11 @@ impl Place {
         Action::AttachStore(AttachStore { store: Some(self.store.clone()) })
     }
 
+    /// As the pool probes: what is there has no SR yet.
+    pub fn probe(&self) -> Action {
+        Action::ProbeStore(ProbeStore { store: Some(Store { sr: String::new(), ..self.store.clone() }) })
+    }
+
     pub fn create_of(&self, vdi: Uuid, virtual_size: u64, kind: &str) -> Action {
         Action::CreateVolume(CreateVolume {
             volume: self.volume(vdi),

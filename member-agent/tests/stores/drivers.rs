@@ -75,7 +75,7 @@ async fn cd_images_are_volumes_of_their_names_that_nobody_changes() {
     let mut place = Place::on(host, "iso", config).await;
     let found = place.scan().await.volumes;
     let [disc] = found.as_slice() else { panic!("one disc: {found:?}") };
-    assert_eq!((disc.location.as_str(), disc.name.as_str()), ("Debian 13.iso", "Debian 13"));
+    assert_eq!((disc.location.as_str(), disc.name.as_str()), ("Debian 13.iso", "Debian 13.iso"));
     assert!(disc.read_only && disc.virtual_size == 4096 && disc.vdi.is_empty());
     let create = place.create_of(Uuid::new_v4(), MIB, "user");
     assert_eq!(why(place.volume_step(create).await), Reason::Unsupported);
@@ -120,8 +120,7 @@ async fn a_device_is_formatted_mounted_known_again_and_let_go_of() {
     assert_eq!(why(place.store_step(attach.clone()).await), Reason::NoSuchStore);
     let create = Action::CreateStore(CreateStore { store: store.clone(), physical_size: 0 });
     place.store_step(create).await.expect("made");
-    let probed =
-        place.store_step(Action::ProbeStore(ProbeStore { store: store.clone() })).await.expect("probed").probed;
+    let probed = place.store_step(place.probe()).await.expect("probed").probed;
     assert_eq!(probed[0].sr, place.store.sr);
     let size = place.store_step(attach.clone()).await.expect("attached").physical_size;
     assert!(size > 16 * MIB && size < 32 * MIB, "{size}");
@@ -179,8 +178,7 @@ async fn an_export_is_mounted_for_its_store_and_unmounted_after_it() {
     assert_eq!(refusal.reason(), Reason::NoSuchStore);
     assert!(refusal.detail.contains("10.0.0.7:/srv/vms") && !mounted(), "{refusal:?}");
     place.store_step(Action::CreateStore(CreateStore { store: store.clone(), physical_size: 0 })).await.expect("made");
-    let probed =
-        place.store_step(Action::ProbeStore(ProbeStore { store: store.clone() })).await.expect("probed").probed;
+    let probed = place.store_step(place.probe()).await.expect("probed").probed;
     assert_eq!((probed.len(), probed[0].sr.as_str()), (1, place.store.sr.as_str()));
     assert!(!mounted());
     assert_eq!(place.store_step(attach).await.expect("attached").physical_size, 16 * MIB);
@@ -262,8 +260,7 @@ async fn volumes_of_a_volume_group_come_from_its_pool_and_go_back_by_their_names
     let attach = place.attach();
     assert_eq!(why(place.store_step(attach.clone()).await), Reason::NoSuchStore);
     place.store_step(Action::CreateStore(CreateStore { store: store.clone(), physical_size: 0 })).await.expect("made");
-    let probed =
-        place.store_step(Action::ProbeStore(ProbeStore { store: store.clone() })).await.expect("probed").probed;
+    let probed = place.store_step(place.probe()).await.expect("probed").probed;
     assert_eq!(probed[0].sr, place.store.sr);
     let sizes = place.store_step(attach).await.expect("attached");
     assert_eq!((sizes.physical_size, sizes.physical_utilisation), (1_000_000_000, 100_000_000));

@@ -140,8 +140,7 @@ pub async fn a_store_goes_with_all_its_volumes(mut place: Place) {
     place.store_step(destroy).await.expect("destroyed");
     let create = Action::CreateStore(CreateStore { store: Some(place.store.clone()), physical_size: 0 });
     place.store_step(create).await.expect("made anew");
-    let probe = Action::ProbeStore(ProbeStore { store: Some(place.store.clone()) });
-    let probed = place.store_step(probe).await.expect("probed").probed;
+    let probed = place.store_step(place.probe()).await.expect("probed").probed;
     assert_eq!((probed.len(), probed[0].sr.as_str()), (1, place.store.sr.as_str()));
     place.store_step(attach).await.expect("attached");
     assert!(place.vdis().await.is_empty());

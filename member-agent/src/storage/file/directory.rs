@@ -1,5 +1,6 @@
 //! One directory: its lock, its claims, and all that is done to volumes without making others of them.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::symlink;
@@ -53,6 +54,15 @@ struct Mark {
 /// The store in a directory, if there is one.
 pub(in crate::storage) fn probe_directory(dir: &Path) -> Option<Uuid> {
     serde_json::from_slice::<Mark>(&fs::read(dir.join(MARK)).ok()?).ok().map(|mark| mark.sr)
+}
+
+/// The stores below a directory, each in one of its own; a place without any, where there is none.
+pub(in crate::storage) fn probe_below(dir: &Path, config: &BTreeMap<String, String>) -> Result<Vec<Probed>, Refusal> {
+    let entries = fs::read_dir(dir).map_err(|error| trouble(dir, &error))?;
+    let stores = entries.filter_map(|entry| probe_directory(&entry.ok()?.path()));
+    let found = |sr| Probed { device_config: config.clone(), complete: true, sr, ..Probed::default() };
+    let probed: Vec<_> = stores.map(|sr| found(Some(sr))).collect();
+    Ok(if probed.is_empty() { vec![found(None)] } else { probed })
 }
 
 /// A store in a directory.

@@ -33,7 +33,7 @@ use super::program::{apart, trouble};
 use super::words::Probed;
 use super::{Place, Store};
 use crate::step::{Reason, Refusal};
-pub(super) use directory::{Directory, Ground, probe_directory};
+pub(super) use directory::{Directory, Ground, probe_below, probe_directory};
 
 /// A directory that is simply there.
 pub(super) struct Plain {
@@ -84,12 +84,17 @@ impl Ground for Plain {
     }
 
     async fn probe(&self) -> Result<Vec<Probed>, Refusal> {
-        let (dir, config) = (self.dir.clone(), self.place.spec.device_config.clone());
+        let (dir, own, config) = (self.dir.clone(), self.own, self.place.spec.device_config.clone());
         apart(move || {
+            // Each store has its own there, and which is not known yet.
+            let dir = if own { dir.parent().unwrap_or(&dir) } else { &dir };
             if !dir.is_dir() {
-                return Err(no_directory(&dir));
+                return Err(no_directory(dir));
             }
-            Ok(vec![Probed { device_config: config, complete: true, sr: probe_directory(&dir), ..Probed::default() }])
+            if own {
+                return probe_below(dir, &config);
+            }
+            Ok(vec![Probed { device_config: config, complete: true, sr: probe_directory(dir), ..Probed::default() }])
         })
         .await
     }

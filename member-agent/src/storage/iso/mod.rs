@@ -28,7 +28,7 @@ pub(super) fn open(place: Place) -> Result<Arc<dyn Store>, Refusal> {
 /// One image; none: it is none.
 fn disc(path: &Path) -> Option<VolumeState> {
     let name = path.file_name()?.to_str()?;
-    let (stem, ending) = name.rsplit_once('.')?;
+    let (_, ending) = name.rsplit_once('.')?;
     let metadata = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
     ending.eq_ignore_ascii_case("iso").then(|| VolumeState {
         vdi: None,
@@ -36,7 +36,8 @@ fn disc(path: &Path) -> Option<VolumeState> {
         virtual_size: metadata.len(),
         physical_utilisation: metadata.len(),
         read_only: true,
-        name: stem.to_owned(),
+        // As people know it, with its ending: scripts ask for "debian.iso".
+        name: name.to_owned(),
         kind: "user".to_owned(),
         ..VolumeState::default()
     })

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::file::{Directory, Ground, probe_directory};
+use super::file::{Directory, Ground, probe_below};
 use super::program::{apart, trouble};
 use super::words::Probed;
 use super::{Place, Store, mount};
@@ -76,17 +76,7 @@ impl Ground for Export {
 
     async fn probe(&self) -> Result<Vec<Probed>, Refusal> {
         let (dir, config) = (self.mounted().await?, self.place.spec.device_config.clone());
-        let probed = apart(move || {
-            let stores = fs::read_dir(&dir).map_err(|error| trouble(&dir, &error))?;
-            let stores = stores.filter_map(|entry| probe_directory(&entry.ok()?.path()));
-            let found = |sr| Probed { device_config: config.clone(), complete: true, sr, ..Probed::default() };
-            let mut probed: Vec<_> = stores.map(|sr| found(Some(sr))).collect();
-            if probed.is_empty() {
-                probed.push(found(None));
-            }
-            Ok(probed)
-        })
-        .await;
+        let probed = apart(move || probe_below(&dir, &config)).await;
         mount::unmount(&self.place).await?;
         probed
     }

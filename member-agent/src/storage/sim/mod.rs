@@ -188,7 +188,9 @@ impl Store for Sim {
 
     async fn probe(&self) -> Result<Vec<Probed>, Refusal> {
         self.begin(StepKind::ProbeStore).await?;
-        let sr = self.dir.is_dir().then_some(self.place.spec.sr);
+        // The first of those that are simulated here: a simulated place has no more to tell them apart.
+        let stores = self.dir.parent().and_then(|all| fs::read_dir(all).ok()).into_iter().flatten();
+        let sr = stores.filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("sim-")?.parse().ok()).min();
         let device_config = self.place.spec.device_config.clone();
         Ok(vec![Probed { device_config, complete: true, sr, ..Probed::default() }])
     }
