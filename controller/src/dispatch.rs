@@ -109,7 +109,9 @@ async fn serve(shared: &Arc<Shared>, request: Request, begun: &mut bool) -> Resu
     if let Some(error) = arguments.deferred {
         return Err(error.into());
     }
-    if message.state == Lifecycle::Removed {
+    let handler = api::handler(message.full_name);
+    // What others gave up, and what is here all the same, is served.
+    if message.state == Lifecycle::Removed && handler.is_none() {
         return Err(errors::message_removed().into());
     }
     if let Some(session) = &session {
@@ -117,7 +119,6 @@ async fn serve(shared: &Arc<Shared>, request: Request, begun: &mut bool) -> Resu
     }
     let session_row = session;
     let session_ref: Ref<Session> = session_row.as_ref().map_or(Ref::NULL, |row| row.typed());
-    let handler = api::handler(message.full_name);
     if handler.is_none() && message.implicit.is_none() && !events::serves(message) {
         return Err(errors::not_implemented(message.full_name).into());
     }

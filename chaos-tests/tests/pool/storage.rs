@@ -144,6 +144,20 @@ async fn a_vm_is_installed_with_a_disk_and_gets_another_one_while_it_runs() {
     let record = it.ask("VBD.get_record", json!([drive])).await;
     assert_eq!((&record["currently_attached"], &record["device"]), (&json!(true), &json!("xvdb")));
 
+    // It grows beneath its guest, by the message that is for disks in use.
+    let (code, _) = refusal(it.client.call("VDI.resize", json!([more, 48 * MIB])).await);
+    assert_eq!(code, "VDI_IN_USE");
+    it.ask("VDI.resize_online", json!([more, 48 * MIB])).await;
+    assert_eq!(it.ask("VDI.get_virtual_size", json!([more])).await, 48 * MIB);
+
+    // What is in a directory is said without an SR of it.
+    let (sr, uuid) = it.default_sr().await;
+    let host = it.ask("host.get_all", json!([])).await[0].clone();
+    let connection = it.ask("SR.get_PBDs", json!([sr])).await[0].clone();
+    let config = it.ask("PBD.get_device_config", json!([connection])).await;
+    let found = it.ask("SR.probe", json!([host, config, "file", {}])).await;
+    assert!(text(&found).contains(&uuid), "{found}");
+
     // A second VM cannot have it meanwhile.
     let other = it.install("other").await;
     it.drive(&other, &more).await;
