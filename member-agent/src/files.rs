@@ -13,7 +13,7 @@ pub(crate) enum Durability {
     Power,
 }
 
-/// Replaces the file in one step; readable by its owner alone.
+/// Replaces the file in one step; readable by its owner alone. Of one file only one at a time may be replaced.
 pub(crate) fn replace(path: &Path, content: &[u8], durability: Durability) -> io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut name = path.file_name().unwrap_or_default().to_os_string();

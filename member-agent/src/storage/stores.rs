@@ -38,7 +38,9 @@ struct Entry {
 pub(crate) struct Stores {
     site: Arc<Site>,
     path: PathBuf,
-    entries: Mutex<BTreeMap<Uuid, Entry>>,
+    entries: Arc<Mutex<BTreeMap<Uuid, Entry>>>,
+    /// Held while the file is written: steps for different stores end at the same time.
+    writing: Arc<Mutex<()>>,
 }
 
 impl Stores {
@@ -55,7 +57,7 @@ impl Stores {
         }
         let kept = kept.filter(|kept| kept.boot_id == site.boot_id).map(|kept| kept.stores).unwrap_or_default();
         let entries = kept.into_iter().map(|spec| (spec.sr, Entry { spec, store: Attached::default() })).collect();
-        Ok(Self { site: Arc::new(site), path, entries: Mutex::new(entries) })
+        Ok(Self { site: Arc::new(site), path, entries: Arc::new(Mutex::new(entries)), writing: Arc::default() })
     }
 
     /// How many are attached.
@@ -153,10 +155,13 @@ impl Stores {
     }
 
     async fn keep(&self) -> Result<(), Refusal> {
-        let stores = self.entries.lock().values().map(|entry| entry.spec.clone()).collect();
-        let kept = Kept { format: FORMAT, boot_id: self.site.boot_id.clone(), stores };
-        let path = self.path.clone();
+        let (path, boot_id) = (self.path.clone(), self.site.boot_id.clone());
+        let (entries, writing) = (Arc::clone(&self.entries), Arc::clone(&self.writing));
         super::program::apart(move || {
+            let _alone = writing.lock();
+            // As they are now, and not when this was asked for: who writes last has them all.
+            let stores = entries.lock().values().map(|entry| entry.spec.clone()).collect();
+            let kept = Kept { format: FORMAT, boot_id, stores };
             let text = serde_json::to_vec_pretty(&kept).map_err(Refusal::failed)?;
             files::replace(&path, &text, Durability::Power).map_err(Refusal::failed)
         })

@@ -310,3 +310,29 @@ async fn simulated_stores_fail_and_are_full_on_order() {
     let step = place.snapshot(vdi, Uuid::new_v4());
     place.volume_step(step).await.expect("only once");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stores_that_come_at_once_are_all_known_to_the_next_agent() {
+    let mut place = Place::of("file").await;
+    let mut attaching = tokio::task::JoinSet::new();
+    for _ in 0..32 {
+        let (mut client, sr) = (place.client.clone(), Uuid::new_v4());
+        let store = Store { sr: sr.to_string(), ..place.store.clone() };
+        let step = Step {
+            pool: POOL.to_owned(),
+            epoch: client.epoch,
+            operation: operation(),
+            vm: sr.to_string(),
+            action: Some(Action::AttachStore(AttachStore { store: Some(store) })),
+            ..Step::default()
+        };
+        attaching.spawn(async move { client.calls.perform(step).await.expect("call").into_inner().result });
+    }
+    for outcome in attaching.join_all().await {
+        assert!(matches!(outcome, Some(outcome::Result::Store(_))), "{outcome:?}");
+    }
+    place.host.stop_agent().await;
+    let kept = fs::read_to_string(place.host.config.state_dir.join("stores.json")).expect("kept");
+    assert_eq!(kept.matches("\"sr\"").count(), 32, "{kept}");
+    place.host.start_agent().await;
+}
