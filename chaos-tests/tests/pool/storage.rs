@@ -157,6 +157,9 @@ async fn a_vm_is_installed_with_a_disk_and_gets_another_one_while_it_runs() {
     let config = it.ask("PBD.get_device_config", json!([connection])).await;
     let found = it.ask("SR.probe", json!([host, config, "file", {}])).await;
     assert!(text(&found).contains(&uuid), "{found}");
+    let nowhere = it.client.call("SR.probe", json!([host, {"location": "/nowhere/at/all"}, "file", {}])).await;
+    let (code, params) = refusal(nowhere);
+    assert!(code == "SR_BACKEND_FAILURE_47" && params[1].contains("/nowhere/at/all"), "{code} {params:?}");
 
     // A second VM cannot have it meanwhile.
     let other = it.install("other").await;

@@ -76,6 +76,7 @@ fn named<'a>(action: &'a Action, refusal: &Refusal) -> Named<'a> {
 /// Errors of stores that clients know by their numbers: what is wrong, in words that do not change.
 pub(crate) const OF_STORES: &[(&str, &str)] = &[
     ("SR_BACKEND_FAILURE_46", "The VDI is not available"),
+    ("SR_BACKEND_FAILURE_47", "The SR is not available"),
     ("SR_BACKEND_FAILURE_80", "The VDI already exists"),
     ("SR_BACKEND_FAILURE_100", "The storage driver failed"),
     ("SR_BACKEND_FAILURE_101", "A key of the device_config is missing or wrong"),
@@ -118,6 +119,8 @@ pub(crate) fn error(state: &State, step: &Planned, refusal: &Refusal) -> ApiErro
         Reason::WrongPool => errors::internal_error(format!("host {} belongs to another pool", step.host)),
         Reason::NoSpace if matches!(step.action, Action::Suspend(_)) => errors::sr_suspend_space_insufficient(sr_ref),
         Reason::NoSpace => errors::sr_full(refusal.needed.to_string(), refusal.available.to_string()),
+        // A place that is looked into, or where one is to be made.
+        Reason::NoSuchStore if sr_ref.is_null() => of_store("SR_BACKEND_FAILURE_47", refusal),
         Reason::NoSuchStore if matches!(step.action, Action::AttachStore(_)) => errors::sr_attach_failed(sr_ref),
         Reason::NoSuchStore => errors::sr_not_attached(sr_ref),
         Reason::NoSuchVolume if vdi_ref.is_null() => of_store("SR_BACKEND_FAILURE_46", refusal),
