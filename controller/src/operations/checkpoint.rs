@@ -114,8 +114,8 @@ impl Kind for Checkpoint {
         let (made_by, first_disk) = places(&end.seen());
         let row = find(end.state, end.journal.vm)?;
         let image = show_image(end, &row, made_by)?;
-        let made = duplicate::record_made(end, Duplicate::Snapshot, first_disk)?;
-        end.change.set(made, vm::POWER_STATE, VmPowerState::Suspended).set(made, vm::SUSPEND_VDI, image);
+        let made = duplicate::record_made(end, Duplicate::Snapshot, VmPowerState::Suspended, first_disk)?;
+        end.change.set(made, vm::SUSPEND_VDI, image);
         end.change.set(image, vdi::IS_A_SNAPSHOT, true);
         if let Some(domain) = end.journal.last_domain() {
             show(end.shared, end.state, end.change, &row, end.journal.host, domain);

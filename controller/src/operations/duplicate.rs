@@ -65,7 +65,8 @@ pub(crate) async fn duplicate(call: &Call, this: Ref<Vm>, how: Duplicate, asked:
         // Rows alone: one transaction.
         let mut change = call.transaction();
         change.expect_row(&row);
-        let reference = insert(&call.shared, &call.state, &mut change, &row, how, &asked.name, &BTreeMap::new());
+        let new = New { how, name: &asked.name, power: VmPowerState::Halted, disks: BTreeMap::new() };
+        let reference = insert(&call.shared, &call.state, &mut change, &row, &new);
         super::refresh(&call.state, &mut change);
         call.commit(change).await?;
         return Ok(reference);
@@ -176,10 +177,10 @@ pub(super) fn steps(seen: &Seen<'_>) -> Served<Vec<Planned>> {
     noted(seen).into_iter().map(step).collect()
 }
 
-/// Adds the VM that was made, with its disks, whose steps began with number `first`.
-pub(super) fn record_made(end: &mut Ending<'_>, how: Duplicate, first: usize) -> Served<Ref<Vm>> {
+/// Adds the VM that was made, halted or suspended, with its disks, whose steps began with number `first`.
+pub(super) fn record_made(end: &mut Ending<'_>, how: Duplicate, power: VmPowerState, first: usize) -> Served<Ref<Vm>> {
     let row = find(end.state, end.journal.vm)?;
-    let mut made = BTreeMap::new();
+    let mut disks = BTreeMap::new();
     for (place, disk) in noted(&end.seen()).into_iter().enumerate() {
         let original = find(end.state, disk.original)?;
         let fields = match how {
@@ -189,10 +190,10 @@ pub(super) fn record_made(end: &mut Ending<'_>, how: Duplicate, first: usize) ->
         let volume = end.journal.volume(first.saturating_add(place))?;
         let new = volumes::Made { uuid: &disk.uuid, sr: disk.into, volume, fields };
         volumes::insert(end.state, end.change, disk.made, new);
-        made.insert(disk.drive, disk.made);
+        disks.insert(disk.drive, disk.made);
     }
-    let name = end.journal.parameter("name");
-    Ok(insert(end.shared, end.state, end.change, &row, how, name, &made))
+    let new = New { how, name: end.journal.parameter("name"), power, disks };
+    Ok(insert(end.shared, end.state, end.change, &row, &new))
 }
 
 impl Kind for Duplicate {
@@ -209,7 +210,7 @@ impl Kind for Duplicate {
     }
 
     fn record(&self, end: &mut Ending<'_>) -> Served<Value> {
-        record_made(end, *self, 0).map(|made| Value::Ref(made.opaque()))
+        record_made(end, *self, VmPowerState::Halted, 0).map(|made| Value::Ref(made.opaque()))
     }
 
     fn cancellable(&self) -> bool {
@@ -255,17 +256,19 @@ fn own_fields() -> [u16; 32] {
     ]
 }
 
+/// A VM that is made of another one.
+struct New<'a> {
+    how: Duplicate,
+    name: &'a str,
+    power: VmPowerState,
+    /// What was made of the disks in the other one's drives.
+    disks: BTreeMap<Ref<Vbd>, Ref<Vdi>>,
+}
+
 /// Adds the rows of a VM made of another one: its drives with the disks that were made for them, the media of the
 /// original's CD drives, its interfaces. The VM.
-pub(crate) fn insert(
-    shared: &Shared,
-    state: &State,
-    change: &mut Transaction,
-    row: &Row,
-    how: Duplicate,
-    name: &str,
-    made: &BTreeMap<Ref<Vbd>, Ref<Vdi>>,
-) -> Ref<Vm> {
+fn insert(shared: &Shared, state: &State, change: &mut Transaction, row: &Row, new: &New<'_>) -> Ref<Vm> {
+    let how = new.how;
     let reference: Ref<Vm> = Ref::new(shared.uuid());
     let own = own_fields();
     let mut fields: Vec<(u16, Value)> = (0_u16..)
@@ -277,8 +280,8 @@ pub(crate) fn insert(
     change.insert(NewRow::new(metrics, shared.uuid()).with(vm_metrics::LAST_UPDATED, shared.now()));
     fields.extend([
         (vm::UUID.index(), Value::str(shared.uuid().to_string())),
-        (vm::NAME_LABEL.index(), Value::str(name)),
-        (vm::POWER_STATE.index(), Value::Enum(VmPowerState::Halted.as_str())),
+        (vm::NAME_LABEL.index(), Value::str(new.name)),
+        (vm::POWER_STATE.index(), Value::Enum(new.power.as_str())),
         (vm::METRICS.index(), Value::Ref(metrics.opaque())),
         (vm::DOMID.index(), Value::Int(-1)),
     ]);
@@ -297,8 +300,8 @@ pub(crate) fn insert(
     if how == Duplicate::Snapshot {
         change.set(row.typed::<Vm>(), vm::PARENT, reference);
     }
-    insert_drives(shared, state, change, row, reference, made);
-    insert_interfaces(shared, state, change, row, reference, how);
+    insert_drives(shared, state, change, row, reference, new.power, &new.disks);
+    insert_interfaces(shared, state, change, row, reference, new.power, how);
     reference
 }
 
@@ -319,12 +322,14 @@ fn of_snapshot(shared: &Shared, row: &Row) -> Vec<(u16, Value)> {
     ]
 }
 
+/// Adds drives like those of `row`. A VM that is suspended has those attached that its memory knows.
 pub(super) fn insert_drives(
     shared: &Shared,
     state: &State,
     change: &mut Transaction,
     row: &Row,
     of: Ref<Vm>,
+    power: VmPowerState,
     made: &BTreeMap<Ref<Vbd>, Ref<Vdi>>,
 ) {
     for drive in disks::drives(state, row) {
@@ -337,9 +342,12 @@ pub(super) fn insert_drives(
         if !cd {
             other_config.insert("owner".to_owned(), String::new());
         }
+        let attached = power == VmPowerState::Suspended && drive.get(vbd::CURRENTLY_ATTACHED);
         change.insert(
             NewRow::new(Ref::<Vbd>::new(shared.uuid()), shared.uuid())
                 .with(vbd::VM, of)
+                .with(vbd::CURRENTLY_ATTACHED, attached)
+                .with(vbd::DEVICE, if attached { drive.get(vbd::DEVICE) } else { String::new() })
                 .with(vbd::VDI, disk.unwrap_or_else(|| drive.get(vbd::VDI)))
                 .with(vbd::USERDEVICE, drive.get(vbd::USERDEVICE))
                 .with(vbd::BOOTABLE, drive.get(vbd::BOOTABLE))
@@ -354,20 +362,24 @@ pub(super) fn insert_drives(
     }
 }
 
+/// Adds interfaces like those of `row`, attached as its drives are.
 pub(super) fn insert_interfaces(
     shared: &Shared,
     state: &State,
     change: &mut Transaction,
     row: &Row,
     of: Ref<Vm>,
+    power: VmPowerState,
     how: Duplicate,
 ) {
     for original in row.get(vm::VIFS).into_iter().filter_map(|device: Ref<Vif>| state.row(device)) {
         // A snapshot is the same machine; any other is another one on the network.
         let keeps = how == Duplicate::Snapshot;
+        let attached = power == VmPowerState::Suspended && original.get(vif::CURRENTLY_ATTACHED);
         change.insert(
             NewRow::new(Ref::<Vif>::new(shared.uuid()), shared.uuid())
                 .with(vif::VM, of)
+                .with(vif::CURRENTLY_ATTACHED, attached)
                 .with(vif::NETWORK, original.get(vif::NETWORK))
                 .with(vif::DEVICE, original.get(vif::DEVICE))
                 .with(vif::MTU, original.get(vif::MTU))

@@ -195,7 +195,7 @@ impl Kind for Revert {
         let memory = if remembers { show_image(end, &row, image_place(&end.seen()))? } else { Ref::NULL };
         let power = if remembers { VmPowerState::Suspended } else { VmPowerState::Halted };
         show_gone(end.shared, state, end.change, &row, power);
-        take_over(end, &row, &snapshot, &made);
+        take_over(end, &row, &snapshot, power, &made);
         end.change.set(journal.vm, vm::SUSPEND_VDI, memory).set(journal.vm, vm::PARENT, snapshot.typed::<Vm>());
         Ok(Value::Void)
     }
@@ -208,13 +208,18 @@ impl Kind for Revert {
             && let Some(row) = end.state.row(end.journal.vm)
         {
             show_gone(end.shared, end.state, end.change, row, VmPowerState::Halted);
-            disks::detached(end.state, end.change, row);
         }
     }
 }
 
 /// What a VM is made of, its drives and its interfaces, as its snapshot has them.
-fn take_over(end: &mut Ending<'_>, row: &Row, snapshot: &Row, made: &BTreeMap<Ref<Vbd>, Ref<Vdi>>) {
+fn take_over(
+    end: &mut Ending<'_>,
+    row: &Row,
+    snapshot: &Row,
+    power: VmPowerState,
+    made: &BTreeMap<Ref<Vbd>, Ref<Vdi>>,
+) {
     let this = row.typed::<Vm>();
     for index in restored() {
         end.change.set_value(row.class, row.reference, index, snapshot.value(index).clone());
@@ -228,6 +233,6 @@ fn take_over(end: &mut Ending<'_>, row: &Row, snapshot: &Row, made: &BTreeMap<Re
     for interface in interfaces {
         end.change.delete(interface);
     }
-    duplicate::insert_drives(end.shared, end.state, end.change, snapshot, this, made);
-    duplicate::insert_interfaces(end.shared, end.state, end.change, snapshot, this, Duplicate::Snapshot);
+    duplicate::insert_drives(end.shared, end.state, end.change, snapshot, this, power, made);
+    duplicate::insert_interfaces(end.shared, end.state, end.change, snapshot, this, power, Duplicate::Snapshot);
 }

@@ -33,9 +33,6 @@ pub(crate) fn show(
     domain: &DomainState,
 ) {
     let power = power_of(domain);
-    if !placement::has_domain(power) {
-        disks::detached(state, change, vm_row);
-    }
     if placement::has_domain(power) {
         show_there(shared, state, change, vm_row, host_ref, domain);
     } else {
@@ -105,7 +102,9 @@ pub(crate) fn show_gone(shared: &Shared, state: &State, change: &mut Transaction
             .set(metrics, vm_metrics::LAST_UPDATED, shared.now());
     }
     guest::forget(change, vm_row);
+    // A suspended VM keeps what its memory knows of.
     if power == VmPowerState::Halted {
+        disks::detached(state, change, vm_row);
         interfaces::detached(state, change, vm_row);
     }
     for console in vm_row.get(vm::CONSOLES) {

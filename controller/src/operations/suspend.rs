@@ -15,9 +15,9 @@ use super::{Draft, Ending, Kind, Planned, Seen, run, show};
 use crate::api::vm::queries::suspend_sr;
 use crate::call::{Call, find};
 use crate::failure::Served;
+use crate::lifecycle;
+use crate::storage::reach;
 use crate::storage::volumes::{self, Made};
-use crate::storage::{disks, reach};
-use crate::{interfaces, lifecycle};
 
 /// An image has room for a VM's memory in hundredths of it, and for the rest of the machine.
 const HUNDREDTHS: i64 = 126;
@@ -174,8 +174,6 @@ impl Kind for Resume {
                 Ref::NULL,
             );
             show(end.shared, end.state, end.change, row, journal.host, journal.domain(0)?);
-            disks::attached(end.state, end.change, row);
-            interfaces::attached(end.state, end.change, row);
         }
         forget_image(end, journal.object(IMAGE), 1);
         Ok(Value::Void)
@@ -236,7 +234,6 @@ impl Kind for Discard {
         let journal = end.journal;
         if let Some(row) = end.state.row(journal.vm) {
             show_gone(end.shared, end.state, end.change, row, VmPowerState::Halted);
-            disks::detached(end.state, end.change, row);
             end.change.set(journal.vm, vm::SUSPEND_VDI, Ref::NULL);
         }
         forget_image(end, journal.object(IMAGE), 0);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use datamodel::enums::{DomainType, VbdMode, VbdOperations as VbdOp, VbdType};
+use datamodel::enums::{DomainType, VbdMode, VbdOperations as VbdOp, VbdType, VmPowerState};
 use datamodel::fields::{vbd, vdi, vm};
 use datamodel::{ClassKind, Host, Ref, Sr, Vbd, Vdi, Vm, errors};
 use proto::agent::Disk;
@@ -51,18 +51,25 @@ pub(crate) fn told(state: &State, vm_row: &Row, drive: &Row, host_ref: Ref<Host>
     })
 }
 
-/// The drives that a VM's domain is made with: those that are attached, and those that are about to be.
+/// The drives that a VM's domain is made with: all of one that is halted, those that are attached of any other. What a
+/// guest knows nothing of does not come by a resume.
+fn of_machine(state: &State, vm_row: &Row) -> Vec<Arc<Row>> {
+    let anew = vm_row.get(vm::POWER_STATE) == VmPowerState::Halted;
+    drives(state, vm_row).into_iter().filter(|drive| anew || drive.get(vbd::CURRENTLY_ATTACHED)).collect()
+}
+
+/// What an agent is told of them.
 ///
 /// # Errors
 /// As for [`told`].
 pub(crate) fn of_domain(state: &State, vm_row: &Row, host_ref: Ref<Host>) -> Served<Vec<Disk>> {
-    drives(state, vm_row).iter().map(|drive| told(state, vm_row, drive, host_ref)).collect()
+    of_machine(state, vm_row).iter().map(|drive| told(state, vm_row, drive, host_ref)).collect()
 }
 
-/// Marks every drive of a VM that starts: each has its disk for itself, as far as that must be, decided against the
+/// Marks the drives of a VM that starts or is resumed: each has its disk for itself, as far as that must be, decided against the
 /// disk's row as it is.
 pub(crate) fn hold_all(draft: &mut Draft<'_>, vm_row: &Row) -> Served<()> {
-    for drive in drives(draft.state, vm_row) {
+    for drive in of_machine(draft.state, vm_row) {
         hold(draft, vm_row, &drive, VbdOp::Attach)?;
     }
     Ok(())
@@ -96,7 +103,7 @@ pub(crate) fn attached(state: &State, change: &mut Transaction, vm_row: &Row) {
     }
 }
 
-/// A VM without a domain uses nothing.
+/// A VM that is halted uses nothing.
 pub(crate) fn detached(state: &State, change: &mut Transaction, vm_row: &Row) {
     for drive in drives(state, vm_row).into_iter().filter(|drive| drive.get(vbd::CURRENTLY_ATTACHED)) {
         change.set(drive.typed::<Vbd>(), vbd::CURRENTLY_ATTACHED, false);

@@ -191,10 +191,17 @@ fn drives<'a>(state: &'a State, vdi_row: &Row) -> impl Iterator<Item = &'a std::
 fn is_used(state: &State, row: &Row, may: Use) -> bool {
     let counts = |drive: &Row| match may {
         Use::Nobody => true,
-        Use::Readers => drive.get(vbd::MODE) == VbdMode::Rw,
+        // Nothing is written for a VM that is suspended.
+        Use::Readers => drive.get(vbd::MODE) == VbdMode::Rw && !is_suspended(state, drive),
         Use::Anybody => false,
     };
     drives(state, row).any(|drive| drive.get(vbd::CURRENTLY_ATTACHED) && counts(drive))
+}
+
+/// Whether a drive is one of a VM that is suspended.
+fn is_suspended(state: &State, drive: &Row) -> bool {
+    let vm_row = state.row::<Vm>(drive.get(vbd::VM));
+    vm_row.is_some_and(|row| row.get(vm::POWER_STATE) == Power::Suspended)
 }
 
 /// Whether an operation may begin on a disk; the first obstacle in the documented order.
@@ -261,8 +268,7 @@ pub(crate) fn check_sharing(state: &State, drive: &Row) -> Result<(), ApiError> 
     let writes = drive.get(vbd::MODE) == VbdMode::Rw;
     let in_the_way = drives(state, disk).filter(|other| other.reference != drive.reference).any(|other| {
         let used = other.get(vbd::CURRENTLY_ATTACHED) || !other.get(vbd::CURRENT_OPERATIONS).is_empty();
-        let power = state.row::<Vm>(other.get(vbd::VM)).map(|row| row.get(vm::POWER_STATE));
-        used && power != Some(Power::Suspended) && (writes || other.get(vbd::MODE) == VbdMode::Rw)
+        used && !is_suspended(state, other) && (writes || other.get(vbd::MODE) == VbdMode::Rw)
     });
     if in_the_way { Err(errors::vdi_in_use(vdi_ref, "attach")) } else { Ok(()) }
 }

@@ -10,7 +10,7 @@ use super::{Pool, reference, text};
 const MAC: &str = "02:00:00:00:00:01";
 
 impl Pool {
-    async fn network(&self, bridge: &str) -> OpaqueRef {
+    pub(super) async fn network(&self, bridge: &str) -> OpaqueRef {
         let asked = record(vec![
             ("name_label", text("a network")),
             ("name_description", text("")),
@@ -24,7 +24,7 @@ impl Pool {
     }
 }
 
-fn interface(of: Ref<Vm>, network: OpaqueRef, device: &str, address: &str) -> Vec<Input> {
+pub(super) fn interface(of: Ref<Vm>, network: OpaqueRef, device: &str, address: &str) -> Vec<Input> {
     vec![record(vec![
         ("VM", text(of.to_string())),
         ("network", text(network.to_string())),

@@ -1,11 +1,12 @@
 //! VMs whose memory is kept in an image: suspended ones, checkpoints, and what is made of them.
 
 use datamodel::enums::{VdiType, VmPowerState};
-use datamodel::fields::{pool as pool_fields, vbd, vdi, vm, vm_metrics};
+use datamodel::fields::{pool as pool_fields, vbd, vdi, vif, vm, vm_metrics};
 use datamodel::{ClassKind, Input, Operation, Ref, Vdi, Vm};
 use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 
+use super::interfaces::interface;
 use super::stores::Fault;
 use super::{Pool, reference, text};
 
@@ -47,11 +48,78 @@ async fn a_suspended_vm_has_an_image_and_no_host_and_one_that_is_resumed_has_a_h
     assert!(!row.get(vm::RESIDENT_ON).is_null() && row.get(vm::SUSPEND_VDI).is_null());
     assert!(row.get(vm::SCHEDULED_TO_BE_RESIDENT_ON).is_null());
     assert!(images(&pool).await.is_empty());
-    let told = pool.agent.steps().into_iter().rev().find_map(|step| match step.action {
-        Some(Action::Resume(resume)) => resume.spec,
+    assert_eq!(machine(&pool), (1, 0), "with its disk");
+}
+
+/// How many disks and interfaces the agent was told of when it last made a domain.
+fn machine(pool: &Pool) -> (usize, usize) {
+    let told = pool.agent.steps().into_iter().rev().find_map(|step| match step.action? {
+        Action::Start(start) => start.spec,
+        Action::Reboot(reboot) => reboot.spec,
+        Action::Resume(resume) => resume.spec,
         _ => None,
     });
-    assert_eq!(told.unwrap().disks.len(), 1, "with its disk");
+    told.map(|spec| (spec.disks.len(), spec.vifs.len())).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_is_resumed_as_the_machine_that_its_memory_knows() {
+    let pool = Pool::start().await;
+    let (this, network) = (pool.vm("sleeper").await, pool.network("xenbr0").await);
+    let (first, second) = (pool.disk("first", 1 << 20).await, pool.disk("second", 1 << 20).await);
+    let connect = async |place| {
+        let made = pool.ask("VIF.create", interface(this, network, place, "")).await.unwrap();
+        Ref::<datamodel::Vif>::from_opaque(reference(&made))
+    };
+    let old = (pool.drive(this, first, "0", "RW").await, connect("0").await);
+    pool.turn_on(this).await.unwrap();
+    assert_eq!(machine(&pool), (1, 1));
+    pool.ask("VM.suspend", one(this)).await.unwrap();
+    // What its memory knows stays, what comes meanwhile is for a later machine.
+    for (message, device) in [("VBD.destroy", old.0.to_string()), ("VIF.destroy", old.1.to_string())] {
+        assert_eq!(pool.refusal(message, vec![text(device)]).await[0], "OPERATION_NOT_ALLOWED");
+    }
+    let new = (pool.drive(this, second, "1", "RW").await, connect("1").await);
+    let attached = async || {
+        let drives = [old.0, new.0].map(async |drive| pool.get(drive).await.get(vbd::CURRENTLY_ATTACHED));
+        let interfaces = [old.1, new.1].map(async |card| pool.get(card).await.get(vif::CURRENTLY_ATTACHED));
+        let mut all = Vec::new();
+        for one in drives {
+            all.push(one.await);
+        }
+        for one in interfaces {
+            all.push(one.await);
+        }
+        all
+    };
+    pool.ask("VM.resume", resume(this, false)).await.unwrap();
+    assert_eq!((machine(&pool), attached().await), ((1, 1), vec![true, false, true, false]));
+    pool.ask("VM.hard_reboot", one(this)).await.unwrap();
+    assert_eq!((machine(&pool), attached().await), ((1, 1), vec![true, false, true, false]));
+
+    // So is one that goes back to a checkpoint. What is copied from that has no memory.
+    let made = pool.ask("VM.checkpoint", vec![text(this.to_string()), text("before")]).await.unwrap();
+    let copy = vec![text(reference(&made).to_string()), text("copy"), text("OpaqueRef:NULL")];
+    let copy = Ref::<Vm>::from_opaque(reference(&pool.ask("VM.copy", copy).await.unwrap()));
+    for drive in pool.get(copy).await.get(vm::VBDS) {
+        assert!(!pool.get(drive).await.get(vbd::CURRENTLY_ATTACHED));
+    }
+    pool.ask("VM.hard_shutdown", one(this)).await.unwrap();
+    assert_eq!(attached().await, [false; 4]);
+    pool.turn_on(this).await.unwrap();
+    assert_eq!((machine(&pool), attached().await), ((2, 2), vec![true; 4]));
+    pool.ask("VM.revert", vec![text(reference(&made).to_string())]).await.unwrap();
+    pool.ask("VM.resume", resume(this, false)).await.unwrap();
+    assert_eq!(machine(&pool), (1, 1));
+    let drives = pool.get(this).await.get(vm::VBDS);
+    assert_eq!(drives.len(), 2);
+    let mut shown = Vec::new();
+    for drive in drives {
+        let row = pool.get(drive).await;
+        shown.push((row.get(vbd::DEVICE), row.get(vbd::CURRENTLY_ATTACHED)));
+    }
+    shown.sort();
+    assert_eq!(shown, [(String::new(), false), ("xvda".to_owned(), true)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
