@@ -211,3 +211,29 @@ async fn where_kvm_is_not_proven_guests_are_emulated_and_boot() {
     client.step(vm, start(spec(vm))).await.expect("starts");
     host.heartbeats(vm, 1).await;
 }
+
+#[tokio::test]
+async fn a_reset_settles_what_the_guest_before_it_was_asked_for() {
+    let host = Host::start("qemu").await;
+    let mut client = host.client().await;
+    let vm = Uuid::new_v4();
+    let mut deaf = spec(vm);
+    deaf.kernel_args += " xenith.deaf";
+    client.step(vm, start(deaf.clone())).await.expect("starts");
+    host.boots(vm, 1).await;
+    let ledger = host.config.state_dir.join("ledger.jsonl");
+    for (boots, action, meant) in [(2, reboot(true, None), true), (3, shutdown(PATIENCE), false)] {
+        let (mut asking, by) = (client.clone(), operation());
+        let asked = {
+            let by = by.clone();
+            tokio::spawn(async move { asking.step_as(&by, vm, action).await })
+        };
+        eventually("the guest is asked", || std::fs::read_to_string(&ledger).unwrap().contains(&by)).await;
+        client.step(vm, reboot(false, Some(deaf.clone()))).await.expect("resets");
+        match asked.await.expect("no panic") {
+            Ok(state) => assert!(meant && state.state() == PowerState::Running, "{state:?}"),
+            Err(refusal) => assert!(!meant && refusal.detail.contains("was reset"), "{refusal:?}"),
+        }
+        host.boots(vm, boots).await;
+    }
+}

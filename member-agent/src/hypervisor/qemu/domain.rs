@@ -228,9 +228,7 @@ impl Domain {
             What::Destroy => return self.end(Power::Halted, &request.by, "destroyed", vec![request.answer]).await,
             What::Pause => self.switch("stop", Power::Paused, &request.by).await,
             What::Unpause => self.switch("cont", Power::Running, &request.by).await,
-            What::Reboot { clean: false } => {
-                self.begin_anew(&request.by, "").await.map(|()| Some(self.state().clone()))
-            }
+            What::Reboot { clean: false } => self.reset(&request.by).await.map(Some),
             What::Shutdown | What::Reboot { .. } => return self.ask_guest(request).await,
             What::Suspend { .. } => return self.suspend(request).await,
             What::MemoryTarget(bytes) => self.set_memory_target(*bytes, &request.by).await.map(Some),
@@ -449,6 +447,18 @@ impl Domain {
             tracing::warn!(vm = %self.state().vm, %refusal, "the domain cannot begin anew");
             self.end(power, "", reason, Vec::new()).await;
         }
+    }
+
+    /// Begins anew whatever the guest wants. A guest that was asked before is no more: where it was to begin anew it
+    /// has, where it was to go off it has not, and the new one is not asked in its place.
+    async fn reset(&mut self, by: &str) -> Result<DomainState, Refusal> {
+        self.begin_anew(by, "").await?;
+        if let Some(Pending { request, .. }) = self.take_pending(|wait| matches!(wait, Wait::Off)) {
+            let meant = request.what.kind() == Some(StepKind::Reboot);
+            let reset = || Refusal::failed("the guest was reset before it went off");
+            answer(request.answer, if meant { Ok(self.state().clone()) } else { Err(reset()) });
+        }
+        Ok(self.state().clone())
     }
 
     /// Resets the machine and lets it run: the same domain, a new guest.
