@@ -131,6 +131,8 @@ pub(crate) struct Call {
     /// What the last transaction said of the call.
     stage: Mutex<Option<Stage>>,
     wrote: AtomicBool,
+    /// Its last transaction came too late: a row was no longer as it had been looked at.
+    overtaken: AtomicBool,
     /// It has an operation under way; the same for its forks.
     operates: Arc<AtomicBool>,
 }
@@ -164,6 +166,7 @@ impl Call {
             repeat: None,
             stage: Mutex::new(None),
             wrote: AtomicBool::new(false),
+            overtaken: AtomicBool::new(false),
             operates: Arc::default(),
         }
     }
@@ -195,6 +198,7 @@ impl Call {
             repeat: self.repeat.clone(),
             stage: Mutex::new(self.stage()),
             wrote: AtomicBool::new(self.wrote()),
+            overtaken: AtomicBool::new(false),
             operates: Arc::clone(&self.operates),
         }
     }
@@ -260,6 +264,10 @@ impl Call {
                 }
                 Ok(index)
             }
+            Err(CommitError::Conflict(conflict)) => {
+                self.overtaken.store(is_late(&conflict), Ordering::Relaxed);
+                Err(CommitError::Conflict(conflict))
+            }
             // Whoever asks again finds out.
             Err(CommitError::Unknown) if self.repeat.is_some() => {
                 self.wrote.store(true, Ordering::Relaxed);
@@ -305,6 +313,11 @@ impl Call {
         self.wrote.load(Ordering::Relaxed)
     }
 
+    /// Whether it failed since somebody else was faster, and has done nothing of what it is about: it may be decided anew.
+    pub(crate) fn take_overtaken(&self) -> bool {
+        self.overtaken.swap(false, Ordering::Relaxed) && self.stage.lock().is_none()
+    }
+
     /// The pool as of now.
     pub(crate) async fn latest(&self) -> Served<Arc<State>> {
         Ok(self.shared.store.read().await?)
@@ -318,6 +331,15 @@ impl Call {
     /// A row that must exist.
     pub(crate) fn row<C: ClassKind>(&self, reference: Ref<C>) -> Served<Arc<Row>> {
         find(&self.state, reference)
+    }
+}
+
+/// Whether the same call may well succeed on the newest state. A task that was ended stays so.
+fn is_late(conflict: &Conflict) -> bool {
+    match conflict {
+        Conflict::Changed(class, _) => *class != Task::NAME,
+        Conflict::ClassChanged(_) | Conflict::KeyExists(..) | Conflict::NotEmpty(_) => true,
+        Conflict::Missing(..) | Conflict::Exists(..) | Conflict::Unstaged => false,
     }
 }
 

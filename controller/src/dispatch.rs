@@ -7,7 +7,7 @@ use datamodel::{Input, Lifecycle, Value};
 use raft_store::{Leadership, Member, Row, State};
 
 use crate::api;
-use crate::call::{Call, Caller, Refusal, Reply, Request, Transport};
+use crate::call::{ATTEMPTS, Call, Caller, Refusal, Reply, Request, Transport};
 use crate::controller::Shared;
 use crate::failure::Failure;
 use crate::membership::emergency;
@@ -142,7 +142,7 @@ async fn serve(shared: &Arc<Shared>, request: Request, begun: &mut bool) -> Resu
             Err(failure) => first_answer(shared, repeat.as_deref(), message, failure).await,
         };
     }
-    let outcome = answer(&call, handler, arguments.values).await;
+    let outcome = answer(&mut call, handler, arguments.values).await;
     *begun = call.wrote();
     match &outcome {
         Ok(Reply::Value(value)) => repeats::end(&call, call.stage(), Ok(value)).await,
@@ -176,9 +176,20 @@ async fn first_answer(
     }
 }
 
-/// Runs a message's function, whatever kind it is.
-pub(crate) async fn answer(call: &Call, handler: Option<api::Handler>, values: Vec<Value>) -> Result<Reply, Failure> {
+/// Runs a message's function, whatever kind it is: anew, on the newest state, where somebody else was faster.
+pub(crate) async fn answer(
+    call: &mut Call,
+    handler: Option<api::Handler>,
+    values: Vec<Value>,
+) -> Result<Reply, Failure> {
     if let Some(handler) = handler {
+        for _ in 1..ATTEMPTS {
+            let outcome = handler(call, values.clone()).await;
+            if outcome.is_ok() || !call.take_overtaken() {
+                return outcome.map(Reply::Value);
+            }
+            call.state = call.latest().await?;
+        }
         return handler(call, values).await.map(Reply::Value);
     }
     if events::serves(call.message) {

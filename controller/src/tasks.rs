@@ -139,12 +139,13 @@ pub(crate) async fn start(mut call: Call, handler: Option<Handler>, values: Vec<
     call.repeat = None;
     call.task = reference;
     let shared = Arc::clone(&call.shared);
+    let watched = call.fork();
     // Owned by the registry of running tasks, ended by the process's shutdown.
     tokio::spawn(async move {
         let _running = run;
         let outcome = tokio::select! {
-            outcome = guarded(dispatch::answer(&call, handler, values)) => outcome,
-            () = cancelled(&call) => refuse(errors::task_cancelled(reference)),
+            outcome = guarded(dispatch::answer(&mut call, handler, values)) => outcome,
+            () = cancelled(&watched) => refuse(errors::task_cancelled(reference)),
             () = shared.shutdown.cancelled() => return,
         };
         settle(&call, reference, outcome).await;

@@ -103,3 +103,20 @@ async fn interfaces_are_part_of_their_domain_from_its_start_to_its_end() {
     pool.ask("VIF.destroy", vec![text(first.to_string())]).await.unwrap();
     assert_eq!(pool.get(this).await.get(vm::VIFS), [second]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_change_one_vm_at_once_are_all_served() {
+    let pool = Pool::start().await;
+    let (this, network) = (pool.vm("wanted").await, pool.network("xenbr0").await);
+    let places: Vec<String> = (0..12).map(|place| place.to_string()).collect();
+    let calls = places.iter().map(|place| pool.ask("VIF.create", interface(this, network, place, "")));
+    for made in futures::future::join_all(calls).await {
+        made.unwrap();
+    }
+    // Of those that want the same place one has it, and the others are told so.
+    let calls = (0..4).map(|_| pool.ask("VIF.create", interface(this, network, "13", "")));
+    let told = futures::future::join_all(calls).await.into_iter().filter_map(Result::err);
+    let told: Vec<_> = told.map(|error| error.description()).collect();
+    assert_eq!(told, vec![vec!["DEVICE_ALREADY_EXISTS".to_owned(), "13".to_owned()]; 3]);
+    assert_eq!(pool.get(this).await.get(vm::VIFS).len(), 13);
+}
