@@ -534,10 +534,10 @@ impl Domain {
             answer(waiting, Ok(last.clone()));
         }
         for Pending { request, .. } in self.pending.drain(..) {
-            let gone = Refusal::failed(format!("the domain has ended meanwhile: {}", last.reason));
             // Who wanted it off has what was wanted; who wanted a disk out of it as well.
-            let wanted = matches!(request.what, What::Shutdown);
-            answer(request.answer, if wanted { Ok(last.clone()) } else { Err(gone) });
+            let wanted = matches!(request.what, What::Shutdown | What::Unplug { .. });
+            let gone = || Refusal::new(Reason::BadState, "halted");
+            answer(request.answer, if wanted { Ok(last.clone()) } else { Err(gone()) });
         }
     }
 

@@ -230,7 +230,7 @@ impl Sim {
     async fn guest_obeys(&self, vm: Uuid, domid: i64, limit: Duration) -> Result<Option<DomainState>, Refusal> {
         let Feed { all, mut changes } = self.roster.feed();
         if !all.iter().any(|domain| domain.vm == vm && domain.domid == domid) {
-            return Err(Refusal::no_such_domain(vm));
+            return Err(Refusal::new(Reason::BadState, "halted"));
         }
         let obeys = async {
             match self.faults.obeys_after() {
@@ -311,7 +311,7 @@ impl Hypervisor for Sim {
     async fn reboot(&self, vm: Uuid, reboot: Reboot, by: &str) -> Result<DomainState, Refusal> {
         let state = self.living(vm, StepKind::Reboot, reboot.clean)?;
         if reboot.clean && self.guest_obeys(vm, state.domid, reboot.limit).await?.is_some() {
-            return Err(Refusal::failed("the domain has ended meanwhile"));
+            return Err(Refusal::new(Reason::BadState, "halted"));
         }
         let now = self.specs.lock().get(&vm).cloned().unwrap_or_default();
         let again = reboot.spec.filter(|spec| !spec.same_machine(&now));
