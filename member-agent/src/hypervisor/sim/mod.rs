@@ -230,7 +230,7 @@ impl Sim {
     async fn guest_obeys(&self, vm: Uuid, domid: i64, limit: Duration) -> Result<Option<DomainState>, Refusal> {
         let Feed { all, mut changes } = self.roster.feed();
         if !all.iter().any(|domain| domain.vm == vm && domain.domid == domid) {
-            return Err(Refusal::new(Reason::BadState, "halted"));
+            return Err(Refusal::no_such_domain(vm));
         }
         let obeys = async {
             match self.faults.obeys_after() {
