@@ -5,11 +5,12 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use datamodel::enums::VmPowerState;
 use datamodel::fields::{network, vif, vm};
 use datamodel::{ApiError, Ref, Vif, errors};
 use raft_store::{Row, State, Transaction};
 use uuid::Uuid;
+
+use crate::lifecycle;
 
 /// The last place.
 const LAST: u32 = 15;
@@ -56,11 +57,9 @@ pub(crate) fn checked_address(asked: &str) -> Result<String, ApiError> {
     if single { Ok(asked.to_ascii_lowercase()) } else { Err(errors::mac_invalid(asked)) }
 }
 
-/// What an agent is told of them: of all of a VM that is halted. A domain that is there is made anew with those that it
-/// has, and a suspended one is resumed with those that it had.
+/// What an agent is told of those that a VM's domain is made with.
 pub(crate) fn of_domain(state: &State, vm_row: &Row) -> Vec<proto::agent::Vif> {
-    let anew = vm_row.get(vm::POWER_STATE) == VmPowerState::Halted;
-    let wanted = of(state, vm_row).filter(|row| anew || row.get(vif::CURRENTLY_ATTACHED));
+    let wanted = of(state, vm_row).filter(|row| lifecycle::is_made_with(vm_row, row.get(vif::CURRENTLY_ATTACHED)));
     let told = wanted.map(|row| {
         let network = state.row(row.get(vif::NETWORK));
         let mtu = [Some(row.get(vif::MTU)), network.map(|network| network.get(network::MTU))];

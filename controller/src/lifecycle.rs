@@ -33,6 +33,12 @@ pub(crate) struct Around {
     pub(crate) has_pci: bool,
 }
 
+/// Whether a VM's domain is made with a device: a machine that begins anew takes all that it has, and one that goes on,
+/// from its memory or through a reboot, those that are attached. What a guest knows nothing of does not come by a resume.
+pub(crate) fn is_made_with(vm_row: &Row, attached: bool) -> bool {
+    attached || vm_row.get(vm::POWER_STATE) == Power::Halted
+}
+
 impl Around {
     pub(crate) fn of(state: &State, row: &Row) -> Self {
         let metrics = state.row(row.get(vm::METRICS));

@@ -9,7 +9,7 @@
 //! Two hosts have one vote between them, the master's: with two, the death of either would stop the pool. A witness
 //! makes three of them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,8 +55,10 @@ const CLOSE_ENTRIES: u64 = 1_000;
 const HEARD: Duration = Duration::from_secs(1);
 /// Members are looked at so often.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
-/// A member that has left is told so for this long.
+/// A member that has left and does not answer is told so for this long.
 const REMEMBER_LEAVING: i64 = 600;
+/// One that has the word in its log and is not heard any more has gone.
+const GONE: Duration = Duration::from_millis(500);
 
 /// Whether a member is there and has most of the log.
 pub(crate) fn is_close(seen: &Progress, applied: LogIndex) -> bool {
@@ -174,14 +176,20 @@ async fn step(shared: &Arc<Shared>, term: Duration) {
     if let Err(error) = result {
         tracing::debug!(%error, "the change of members is tried again");
     }
-    forget_who_left(shared, &rows).await;
+    forget_who_left(shared, &rows, &progress).await;
 }
 
-/// A member that has left has had time enough to learn of it.
-async fn forget_who_left(shared: &Shared, rows: &[&Arc<Row>]) {
+/// Whether a member that was told to leave did so. Should it have died over it, it asks when it is back (`stranger`).
+fn has_gone(told: LogIndex, seen: &Progress) -> bool {
+    seen.matched >= told && seen.silent.is_none_or(|silent| silent >= GONE)
+}
+
+/// A member that has left knows it, or has had time enough to learn of it. Nobody asks for it any more.
+async fn forget_who_left(shared: &Shared, rows: &[&Arc<Row>], progress: &BTreeMap<u64, Progress>) {
     let mut change = shared.transaction();
     for row in rows.iter().filter(|row| row.get(member::STANDING) == super::LEAVING) {
-        if shared.now().0.saturating_sub(row.get(member::SINCE).0) > REMEMBER_LEAVING {
+        let gone = progress.get(&node_id(row)).is_some_and(|seen| has_gone(row.modified, seen));
+        if gone || shared.now().0.saturating_sub(row.get(member::SINCE).0) > REMEMBER_LEAVING {
             change.delete(row.typed::<MemberRow>());
         }
     }
@@ -267,6 +275,16 @@ mod tests {
         many[0].leads = false;
         many[8].leads = true;
         assert_eq!(chosen(&many), [1, 2, 3, 4, 9]);
+    }
+
+    #[test]
+    fn who_was_told_to_leave_is_asked_for_until_it_has_gone() {
+        let seen = |matched, silent| Progress { matched: LogIndex(matched), silent };
+        let told = LogIndex(100);
+        assert!(!has_gone(told, &seen(99, None)), "it does not know");
+        assert!(!has_gone(told, &seen(99, Some(GONE))), "it does not know");
+        assert!(!has_gone(told, &seen(100, Some(Duration::from_millis(50)))), "it is still there");
+        assert!(has_gone(told, &seen(100, Some(GONE))));
     }
 
     #[test]

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use datamodel::Operation;
 use datamodel::fields::operation;
+use datamodel::{ClassKind, Operation};
 use proto::agent::step::Action;
 use raft_store::{Row, State};
 use tokio::task::JoinSet;
@@ -73,14 +73,21 @@ async fn adopt_one(shared: &Arc<Shared>, row: &Arc<Row>) {
 /// Undoes what could not be undone when its operation ended.
 async fn pay(shared: &Arc<Shared>, mut journal: Journal) -> Served<()> {
     let state = shared.store.read().await?;
-    // Of a host that is no more nothing can be undone.
-    journal.undo.retain(|_, undo| state.row(undo.host).is_some());
+    let owed = journal.undo.clone();
+    // What is out of reach for good stays: a scan shows it.
+    journal.undo.retain(|_, undo| undo.is_possible(&state));
     engine::undo(shared, &mut journal).await?;
-    if journal.undo.is_empty() {
+    if journal.undo != owed {
         let mut change = shared.transaction();
-        change.delete(journal.reference);
+        if journal.undo.is_empty() {
+            change.delete(journal.reference);
+        } else {
+            change.expect_exists(Operation::ID, journal.reference.opaque());
+            journal.owe(&mut change);
+        }
         shared.store.commit(change).await?;
-    } else {
+    }
+    if !journal.undo.is_empty() {
         tokio::time::sleep(UNDO_AGAIN).await;
     }
     Ok(())

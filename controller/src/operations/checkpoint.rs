@@ -50,12 +50,12 @@ fn begin(draft: &mut Draft<'_>, this: Ref<Vm>, name: &str) -> Served<()> {
         };
         let host_ref = reach::worker_for(draft.state, &kept)?;
         draft.on(host_ref).note(ORIGINAL, original);
-        note_image(draft, kept.get(vdi::SR));
+        note_image(draft, kept.get(vdi::SR))?;
     } else {
         let host_ref = row.get(vm::RESIDENT_ON);
         let sr_ref = suspend_sr(draft.state, &row, host_ref)?;
         draft.on(host_ref);
-        note_image(draft, sr_ref);
+        note_image(draft, sr_ref)?;
     }
     duplicate::hold_disks(draft, &row, Duplicate::Snapshot, &Asked::default())
 }

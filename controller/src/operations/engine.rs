@@ -8,7 +8,7 @@ use datamodel::{Answer, ApiError, ClassKind, Key, Operation, Ref, Task, Value, e
 use raft_store::{CommitError, Conflict, State, Transaction};
 
 use super::journal::Journal;
-use super::step::{self, StepError};
+use super::step::{self, StepError, Undo};
 use super::{ATTEMPTS, Ending, Kind, Seen, kind, refresh};
 use crate::agent::Performed;
 use crate::controller::Shared;
@@ -206,10 +206,17 @@ pub(super) async fn undo(shared: &Arc<Shared>, journal: &mut Journal) -> Served<
             Ok(_) => {}
             Err(StepError::NotLeader) => return Err(Failure::NotLeader),
             Err(StepError::Refused(refusal)) => {
-                if refusal.reason() == proto::agent::refusal::Reason::StaleEpoch {
+                let reason = refusal.reason();
+                if reason == proto::agent::refusal::Reason::StaleEpoch {
                     return Err(Failure::NotLeader);
                 }
-                tracing::warn!(operation = journal.uuid, number, reason = refusal.detail, "a step cannot be undone");
+                let (operation, why) = (&journal.uuid, &refusal.detail);
+                if undo.is_worth_another_try(reason) {
+                    tracing::warn!(operation, number, why, "a step cannot be undone yet");
+                    left.insert(number, Undo { refused: undo.refused.saturating_add(1), ..undo });
+                } else {
+                    tracing::warn!(operation, number, why, "a step cannot be undone");
+                }
             }
             Err(StepError::NotReached(error) | StepError::Lost(error)) => {
                 tracing::warn!(operation = journal.uuid, number, %error, "a step is undone later");

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use datamodel::enums::{VbdType, VmOperations, VmPowerState};
+use datamodel::enums::{StorageOperations as SrOp, VbdType, VmOperations, VmPowerState};
 use datamodel::fields::{vbd, vdi, vm};
 use datamodel::{ApiError, Host, OpaqueRef, Ref, Value, Vbd, Vdi, Vif, Vm, errors};
 use proto::agent::step::Action;
@@ -18,6 +18,7 @@ use super::{Draft, Ending, Kind, Planned, Seen, run};
 use crate::call::{Call, find};
 use crate::failure::{Served, refuse};
 use crate::lifecycle;
+use crate::storage::vdi::hold_store;
 use crate::storage::{disks, reach, volumes};
 
 /// The parameters of the operation.
@@ -89,10 +90,11 @@ fn begin(draft: &mut Draft<'_>, this: Ref<Vm>) -> Served<()> {
         for row in [&disk.snapshot].into_iter().chain(&disk.now) {
             disks::use_disk(draft, row);
         }
-        if disk.now.is_none() {
+        let Some(now) = disk.now else {
             // What it was taken of is gone.
             return refuse(errors::vm_revert_failed(of, this));
-        }
+        };
+        hold_store(draft, now.get(vdi::SR), SrOp::VdiSnapshot)?;
     }
     let memory: Ref<Vdi> = row.get(vm::SUSPEND_VDI);
     if row.get(vm::POWER_STATE) == VmPowerState::Suspended
@@ -100,7 +102,10 @@ fn begin(draft: &mut Draft<'_>, this: Ref<Vm>) -> Served<()> {
     {
         let host_ref = reach::worker_for(draft.state, &memory_row)?;
         draft.on(host_ref).note(KEPT, memory);
-        note_image(draft, memory_row.get(vdi::SR));
+        note_image(draft, memory_row.get(vdi::SR))?;
+    }
+    if let Some(old) = draft.state.row(original.get(vm::SUSPEND_VDI)) {
+        hold_store(draft, old.get(vdi::SR), SrOp::VdiDestroy)?;
     }
     Ok(())
 }

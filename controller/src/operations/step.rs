@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::fields::member;
-use datamodel::{ApiError, Host, Member, OpaqueRef, Pool, Ref, errors};
+use datamodel::{ApiError, ClassKind, Host, Member, OpaqueRef, Pool, Ref, Sr, errors};
 use proto::Message as _;
+use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 use proto::agent::{Refusal, Step};
 use raft_store::State;
@@ -15,13 +16,14 @@ use super::{CLEAN_LIMIT, STEP_LIMIT};
 use crate::agent::{AgentError, Performed};
 use crate::controller::Shared;
 use crate::failure::Failure;
+use crate::storage::reach;
 
 /// A copy of all bytes of a disk, or a guest's memory, has this long.
 const LONG_LIMIT: Duration = Duration::from_secs(6 * 3600);
 /// A lost answer is asked for again this often.
 const ASKED_AGAIN: u32 = 5;
 const ASK_AGAIN_AFTER: Duration = Duration::from_millis(500);
-/// The number of the step that undoes step 0; an agent does both once.
+/// The number of the step that undoes step 0, and how far it is from there to that of the next try: an agent does each once.
 const UNDOING: u32 = 1000;
 
 /// A step of an operation. Its number is its place in the plan.
@@ -62,7 +64,7 @@ impl Planned {
     /// It is undone by this, on the same host.
     #[must_use]
     pub(crate) fn undone_by(mut self, action: Action) -> Self {
-        self.undo = Some(Undo { host: self.host, subject: self.subject.clone(), action });
+        self.undo = Some(Undo { host: self.host, subject: self.subject.clone(), action, refused: 0 });
         self
     }
 
@@ -104,15 +106,38 @@ pub(crate) struct Undo {
     pub(crate) host: Ref<Host>,
     pub(crate) subject: String,
     pub(crate) action: Action,
+    /// So often its agent has said no. It would say so again if it were asked for the same try.
+    pub(crate) refused: u32,
 }
 
 impl Undo {
+    /// Whether an agent that refused it may do it yet: an image can be in use for a while, and its store is not there
+    /// before the host has plugged it.
+    pub(super) fn is_worth_another_try(&self, reason: Reason) -> bool {
+        let never = matches!(reason, Reason::NoSuchVolume | Reason::WrongPool | Reason::Unsupported);
+        matches!(self.action, Action::DestroyVolume(_)) && !never
+    }
+
+    /// Whether it can still be done: by a host of the pool, in a store that the host is to be connected to.
+    pub(super) fn is_possible(&self, state: &State) -> bool {
+        let uuid = match &self.action {
+            Action::DestroyVolume(step) => step.volume.as_ref().and_then(|volume| volume.store.as_ref()),
+            _ => None,
+        };
+        let connected = uuid.is_none_or(|store| {
+            let sr_row = state.by_uuid(Sr::ID, &store.sr);
+            sr_row.is_some_and(|sr_row| reach::connection(state, sr_row, self.host).is_some())
+        });
+        state.row(self.host).is_some() && connected
+    }
+
     /// As it stands in the journal: a step that says whose it is where the pool stands otherwise.
     pub(super) fn encode(&self) -> Vec<u8> {
         let step = Step {
             pool: self.host.to_string(),
             vm: self.subject.clone(),
             action: Some(self.action.clone()),
+            number: self.refused,
             ..Step::default()
         };
         step.encode_to_vec()
@@ -121,7 +146,7 @@ impl Undo {
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let step = Step::decode(bytes).ok()?;
         let host: OpaqueRef = step.pool.parse().ok()?;
-        Some(Self { host: Ref::from_opaque(host), subject: step.vm, action: step.action? })
+        Some(Self { host: Ref::from_opaque(host), subject: step.vm, action: step.action?, refused: step.number })
     }
 }
 
@@ -159,7 +184,8 @@ pub(super) async fn undo(
     number: u32,
     undo: &Undo,
 ) -> Result<Performed, StepError> {
-    let (number, limit) = (number.saturating_add(UNDOING), limit(&undo.action));
+    let tries = undo.refused.saturating_add(1);
+    let (number, limit) = (number.saturating_add(UNDOING.saturating_mul(tries)), limit(&undo.action));
     ask(shared, &journal.uuid, number, undo.host, &undo.subject, &undo.action, limit).await
 }
 

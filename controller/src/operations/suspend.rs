@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use datamodel::enums::{VdiType, VmOperations, VmPowerState};
+use datamodel::enums::{StorageOperations as SrOp, VdiType, VmOperations, VmPowerState};
 use datamodel::fields::{vdi, vm};
 use datamodel::{ApiError, Host, Ref, Sr, Value, Vdi, Vm, errors};
 use proto::agent::step::Action;
@@ -14,9 +14,10 @@ use super::shown::show_gone;
 use super::{Draft, Ending, Kind, Planned, Seen, run, show};
 use crate::api::vm::queries::suspend_sr;
 use crate::call::{Call, find};
-use crate::failure::Served;
+use crate::failure::{Served, refuse};
 use crate::lifecycle;
 use crate::storage::reach;
+use crate::storage::vdi::hold_store;
 use crate::storage::volumes::{self, Made};
 
 /// An image has room for a VM's memory in hundredths of it, and for the rest of the machine.
@@ -45,9 +46,11 @@ fn image_fields(row: &Row) -> Vec<(u16, Value)> {
 }
 
 /// Notes an image that is to be made in a store.
-pub(super) fn note_image(draft: &mut Draft<'_>, sr_ref: Ref<Sr>) {
+pub(super) fn note_image(draft: &mut Draft<'_>, sr_ref: Ref<Sr>) -> Served<()> {
+    hold_store(draft, sr_ref, SrOp::VdiCreate)?;
     let (image, uuid) = (draft.call.reference::<Vdi>(), draft.call.uuid());
     draft.note(SR, sr_ref).note(IMAGE, image).note(UUID, uuid);
+    Ok(())
 }
 
 /// The step that makes it.
@@ -88,8 +91,7 @@ pub(crate) async fn suspend(call: &Call, this: Ref<Vm>) -> Served<()> {
         let sr_ref = suspend_sr(draft.state, &row, host_ref)?;
         draft.hold(&row, VmOperations::Suspend.as_str());
         draft.about(this).on(host_ref);
-        note_image(draft, sr_ref);
-        Ok(())
+        note_image(draft, sr_ref)
     })
     .await
     .map(drop)
@@ -135,13 +137,13 @@ pub(crate) async fn resume(
         let row = draft.row(this)?;
         lifecycle::check(draft.state, &row, what)?;
         let image: Ref<Vdi> = row.get(vm::SUSPEND_VDI);
-        if draft.state.row(image).is_none() {
-            return crate::failure::refuse(errors::vm_has_no_suspend_vdi(this));
-        }
+        let Some(image_row) = draft.state.row(image).cloned() else {
+            return refuse(errors::vm_has_no_suspend_vdi(this));
+        };
         draft.hold(&row, what.as_str());
         let host_ref = reserve(draft, &row, on)?;
         draft.about(this).on(host_ref).note(IMAGE, image).note(PAUSED, paused);
-        Ok(())
+        hold_store(draft, image_row.get(vdi::SR), SrOp::VdiDestroy)
     })
     .await
     .map(drop)
@@ -210,6 +212,7 @@ pub(crate) async fn discard(call: &Call, this: Ref<Vm>) -> Served<()> {
             && let Ok(host_ref) = reach::worker_for(draft.state, image_row)
         {
             draft.on(host_ref).note(IMAGE, image);
+            hold_store(draft, image_row.get(vdi::SR), SrOp::VdiDestroy)?;
         }
         Ok(())
     })

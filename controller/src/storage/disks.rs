@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use datamodel::enums::{DomainType, VbdMode, VbdOperations as VbdOp, VbdType, VmPowerState};
+use datamodel::enums::{DomainType, VbdMode, VbdOperations as VbdOp, VbdType};
 use datamodel::fields::{vbd, vdi, vm};
 use datamodel::{ClassKind, Host, Ref, Sr, Vbd, Vdi, Vm, errors};
 use proto::agent::Disk;
@@ -11,6 +11,7 @@ use raft_store::{Row, State, Transaction};
 use super::{device, reach, rules};
 use crate::call::find;
 use crate::failure::{Served, refuse};
+use crate::lifecycle;
 use crate::operations::Draft;
 
 /// The drives of a VM, in the order of their places.
@@ -51,11 +52,10 @@ pub(crate) fn told(state: &State, vm_row: &Row, drive: &Row, host_ref: Ref<Host>
     })
 }
 
-/// The drives that a VM's domain is made with: all of one that is halted, those that are attached of any other. What a
-/// guest knows nothing of does not come by a resume.
+/// The drives that a VM's domain is made with.
 fn of_machine(state: &State, vm_row: &Row) -> Vec<Arc<Row>> {
-    let anew = vm_row.get(vm::POWER_STATE) == VmPowerState::Halted;
-    drives(state, vm_row).into_iter().filter(|drive| anew || drive.get(vbd::CURRENTLY_ATTACHED)).collect()
+    let all = drives(state, vm_row).into_iter();
+    all.filter(|drive| lifecycle::is_made_with(vm_row, drive.get(vbd::CURRENTLY_ATTACHED))).collect()
 }
 
 /// What an agent is told of them.

@@ -47,6 +47,7 @@ pub(crate) async fn plug(call: &Call, this: Ref<Pbd>) -> Served<()> {
             return refuse(errors::sr_not_sharable(sr_row.typed::<Sr>(), row.get(pbd::HOST)));
         }
         draft.on(row.get(pbd::HOST)).note("pbd", this);
+        scan::note_owed(draft);
         Ok(())
     })
     .await
@@ -79,7 +80,7 @@ impl Kind for Plug {
         let sr_row = find(end.state, row.get(pbd::SR))?;
         end.change.set(this, pbd::CURRENTLY_ATTACHED, true).take(this, pbd::OTHER_CONFIG, PLUG_AT_BOOT.to_owned());
         match end.journal.outcomes.get(1) {
-            Some(Performed::Store(found)) => scan::show(end.shared, end.state, end.change, &sr_row, found),
+            Some(Performed::Store(found)) => scan::show(end, &sr_row, found),
             _ => scan::show_figures(end.change, &sr_row, end.journal.store(0)?),
         }
         Ok(Value::Void)

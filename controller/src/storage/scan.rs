@@ -14,7 +14,16 @@ use super::{reach, volumes};
 use crate::call::find;
 use crate::controller::Shared;
 use crate::failure::Served;
-use crate::operations::{Planned, owed_volumes};
+use crate::operations::{Draft, Ending, Planned, owed_volumes};
+
+/// The parameter of an operation that looks into a store.
+const OWED: &str = "owed";
+
+/// Notes volumes that are to be undone: whatever becomes of them while the store is looked into, they are nobody's disks.
+pub(super) fn note_owed(draft: &mut Draft<'_>) {
+    let owed: Vec<String> = owed_volumes(draft.state).into_iter().collect();
+    draft.note(OWED, owed.join(" "));
+}
 
 /// The step that looks into a store.
 pub(super) fn step(state: &State, sr_ref: Ref<Sr>, host_ref: Ref<Host>) -> Served<Planned> {
@@ -34,8 +43,11 @@ pub(super) fn is_of(volume: &VolumeState, row: &Row) -> bool {
 }
 
 /// Makes the rows of a store say what its driver found: sizes as they are, images that came without the pool, and
-/// which disks have none any more. A disk whose image is gone keeps its row, for somebody may bring it back.
-pub(super) fn show(shared: &Shared, state: &State, change: &mut Transaction, sr_row: &Row, found: &StoreState) {
+/// which disks have none any more. A disk whose image is gone keeps its row, for somebody may bring it back. Whatever makes
+/// or removes images holds the store, and so nothing came or went since it was looked into but what was noted as owed.
+pub(super) fn show(end: &mut Ending<'_>, sr_row: &Row, found: &StoreState) {
+    let (state, change) = (end.state, &mut *end.change);
+    let owed: BTreeSet<&str> = end.journal.parameter(OWED).split_whitespace().collect();
     let sr_ref = sr_row.typed::<Sr>();
     let mut known = BTreeSet::new();
     let mut allocated = 0_i64;
@@ -60,11 +72,10 @@ pub(super) fn show(shared: &Shared, state: &State, change: &mut Transaction, sr_
             change.set(this, vdi::LOCATION, volume.location.clone());
         }
     }
-    let owed = owed_volumes(state);
     let came = found.volumes.iter().enumerate().filter(|(place, _)| !known.contains(place)).map(|(_, volume)| volume);
-    for volume in came.filter(|volume| !owed.contains(&volume.vdi)) {
+    for volume in came.filter(|volume| !owed.contains(volume.vdi.as_str())) {
         allocated = allocated.saturating_add(volumes::signed(volume.virtual_size));
-        introduce(shared, state, change, sr_row, volume);
+        introduce(end.shared, state, change, sr_row, volume);
     }
     change.set(sr_ref, sr::VIRTUAL_ALLOCATION, allocated);
     show_figures(change, sr_row, found);

@@ -122,7 +122,7 @@ impl Kind for Create {
             end.change.insert(row);
         }
         match journal.outcomes.get(hosts.len() + 1) {
-            Some(Performed::Store(found)) => scan::show(end.shared, end.state, end.change, &as_made, found),
+            Some(Performed::Store(found)) => scan::show(end, &as_made, found),
             _ => scan::show_figures(end.change, &as_made, journal.store(1)?),
         }
         Ok(Value::Ref(reference.opaque()))
@@ -213,6 +213,7 @@ async fn look(call: &Call, this: Ref<Sr>, what: &'static Look) -> Served<()> {
         disk::hold_store(draft, this, operation)?;
         let host_ref = reach::worker(draft.state, &[this], None)?;
         draft.on(host_ref).note("sr", this);
+        scan::note_owed(draft);
         Ok(())
     })
     .await
@@ -243,7 +244,7 @@ impl Kind for Look {
         let row = find(end.state, end.journal.object::<Sr>("sr"))?;
         let found = end.journal.store(0)?;
         match self {
-            Self::Scan => scan::show(end.shared, end.state, end.change, &row, found),
+            Self::Scan => scan::show(end, &row, found),
             Self::Update => scan::show_figures(end.change, &row, found),
         }
         Ok(Value::Void)

@@ -299,11 +299,8 @@ impl Kind for Destroy {
     }
 
     fn plan(&self, seen: &Seen<'_>) -> Served<Vec<Planned>> {
+        // Also of one that is missing: whoever looked may have been mistaken, and where there is none nothing is done.
         let row = original(seen)?;
-        if row.get(vdi::MISSING) {
-            // There is nothing that could be destroyed.
-            return Ok(Vec::new());
-        }
         Ok(vec![volumes::destroy(seen.state, &row, seen.journal.host)?])
     }
 
@@ -362,9 +359,12 @@ impl Kind for Move {
         for snapshot in row.get(vdi::SNAPSHOTS).into_iter().filter(|disk| end.state.row(*disk).is_some()) {
             end.change.set(snapshot, vdi::SNAPSHOT_OF, made);
         }
-        let (size, used) = (row.get(vdi::VIRTUAL_SIZE), row.get(vdi::PHYSICAL_UTILISATION));
-        volumes::account(end.state, end.change, row.get(vdi::SR), size.saturating_neg(), used.saturating_neg());
-        end.change.delete(row.typed::<Vdi>());
+        // An image that could not be removed stays to be seen.
+        if journal.was_done(1) {
+            let (size, used) = (row.get(vdi::VIRTUAL_SIZE), row.get(vdi::PHYSICAL_UTILISATION));
+            volumes::account(end.state, end.change, row.get(vdi::SR), size.saturating_neg(), used.saturating_neg());
+            end.change.delete(row.typed::<Vdi>());
+        }
         answer(made)
     }
 

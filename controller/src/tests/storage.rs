@@ -223,6 +223,20 @@ async fn a_scan_tells_what_came_what_is_gone_and_how_large_all_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_was_called_missing_ends_with_its_image() {
+    let pool = Pool::start().await;
+    let disk = pool.disk("comes and goes", 1 << 20).await;
+    let uuid = pool.of(disk).await.uuid().to_owned();
+    pool.agent.stores.vanish(&uuid);
+    pool.ask("SR.scan", one(pool.local())).await.unwrap();
+    assert!(pool.of(disk).await.get(vdi::MISSING));
+    pool.agent.stores.appear(VolumeState { vdi: uuid.clone(), location: uuid, ..VolumeState::default() });
+    pool.ask("VDI.destroy", one(disk)).await.unwrap();
+    assert!(pool.agent.stores.volumes().is_empty());
+    assert_eq!(pool.store().state().count(Vdi::ID), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_boots_has_its_stores_plugged_again() {
     let pool = Pool::start().await;
     pool.agent.stores.boot();

@@ -208,6 +208,79 @@ async fn what_cannot_be_undone_now_holds_nothing_and_is_undone_later() {
     assert!(pool.agent.stores.volumes().is_empty());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_cannot_be_removed_yet_is_nobodys_disk_and_is_removed_later() {
+    let pool = Pool::start().await;
+    let this = template(&pool, "in use").await;
+    pool.agent.stores.fail(2, Fault::Refused(Reason::NoSpace));
+    pool.agent.stores.refuse_undoing(Some(Reason::InUse));
+    let (method, arguments) = Doing::Provision.call(this);
+    assert_eq!(pool.refusal(method, arguments).await[0], "SR_FULL");
+    assert_eq!(pool.agent.stores.volumes().len(), 1);
+    let scan = || vec![text(pool.local().to_string())];
+    pool.ask("SR.scan", scan()).await.unwrap();
+    let state = pool.store().read().await.unwrap();
+    assert_at_rest(&state);
+    assert_eq!((state.count(Vdi::ID), state.count(Operation::ID)), (0, 1));
+    pool.agent.stores.refuse_undoing(None);
+    pool.quiet().await;
+    assert!(pool.agent.stores.volumes().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_owed_when_a_store_was_looked_into_is_no_disk_when_it_is_told() {
+    let pool = Pool::start().await;
+    let this = template(&pool, "paid").await;
+    pool.agent.stores.fail(2, Fault::Refused(Reason::NoSpace));
+    pool.agent.stores.refuse_undoing(Some(Reason::InUse));
+    let (method, arguments) = Doing::Provision.call(this);
+    assert_eq!(pool.refusal(method, arguments).await[0], "SR_FULL");
+    let scan = || vec![text(pool.local().to_string())];
+    pool.agent.stores.hold_after(0);
+    let paid = async {
+        let local = pool.local();
+        pool.until(|state| !state.row(local).unwrap().get(sr::CURRENT_OPERATIONS).is_empty()).await;
+        let owed = pool.store().state().all::<Operation>().find(|row| row.get(operation::TASK).is_null()).cloned();
+        pool.commit(|change| drop(change.delete(owed.as_ref().unwrap().typed::<Operation>()))).await;
+        pool.agent.stores.release();
+    };
+    let (scanned, ()) = tokio::join!(pool.ask("SR.scan", scan()), paid);
+    scanned.unwrap();
+    assert_eq!(pool.store().state().count(Vdi::ID), 0);
+    // One that nobody owes and that is still there is somebody's.
+    pool.ask("SR.scan", scan()).await.unwrap();
+    assert_eq!(pool.store().state().count(Vdi::ID), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_debt_in_a_store_that_is_forgotten_is_none() {
+    let pool = Pool::start().await;
+    let this = template(&pool, "forgotten").await;
+    pool.agent.stores.fail(2, Fault::Refused(Reason::NoSpace));
+    pool.agent.stores.refuse_undoing(Some(Reason::NoSuchStore));
+    let (method, arguments) = Doing::Provision.call(this);
+    assert_eq!(pool.refusal(method, arguments).await[0], "SR_FULL");
+    let pbds = pool.of(pool.local()).await.get(sr::PBDS);
+    for pbd in pbds {
+        pool.ask("PBD.unplug", vec![text(pbd.to_string())]).await.unwrap();
+    }
+    pool.ask("SR.forget", vec![text(pool.local().to_string())]).await.unwrap();
+    pool.quiet().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_a_move_cannot_remove_stays_to_be_seen() {
+    let pool = Pool::start().await;
+    let disk = pool.disk("stays", 1 << 20).await;
+    let into = text(pool.store_of("Shared storage").to_string());
+    pool.agent.stores.fail(2, Fault::Refused(Reason::InUse));
+    pool.ask("VDI.pool_migrate", vec![text(disk.to_string()), into, Input::Struct(Vec::new())]).await.unwrap();
+    let state = pool.store().read().await.unwrap();
+    assert_eq!(state.count(Vdi::ID), 2);
+    assert_at_rest(&state);
+    assert_rows_are_images(&pool);
+}
+
 /// Begins a call behind a task, lets go of its operation after so many of its doings, as if the master had died, and
 /// cancels it. How it ended, and whether it came so far.
 async fn cancelled_after(pool: &Pool, doings: usize, method: &str, arguments: Vec<Input>) -> (TaskStatusType, bool) {

@@ -39,6 +39,8 @@ struct Inner {
     fault: Option<(usize, Fault)>,
     lost: Option<(String, u32)>,
     unreachable: bool,
+    /// What undoing steps are refused with.
+    undoing: Option<Reason>,
     specs: Vec<DomainSpec>,
 }
 
@@ -256,6 +258,11 @@ impl Stores {
             return Some(outcome.clone().map_err(AgentError::Refused));
         }
         inner.asked.push((key.0.clone(), key.1, action.clone()));
+        if let Some(reason) = inner.undoing.filter(|_| step.number >= UNDOING) {
+            let refusal = refusal(reason, "on order");
+            inner.done.insert(key, Err(refusal.clone()));
+            return Some(Err(AgentError::Refused(refusal)));
+        }
         let fault = match &mut inner.fault {
             Some((left, fault)) if step.number < UNDOING => {
                 let fault = *fault;
@@ -288,6 +295,11 @@ impl Stores {
     /// The `place`th step from now on fails, counted from one.
     pub(crate) fn fail(&self, place: usize, fault: Fault) {
         self.inner.lock().fault = Some((place, fault));
+    }
+
+    /// From now on nothing is undone, or everything is again.
+    pub(crate) fn refuse_undoing(&self, reason: Option<Reason>) {
+        self.inner.lock().undoing = reason;
     }
 
     /// Nobody reaches the agent for a step.

@@ -1,7 +1,7 @@
 //! VMs whose memory is kept in an image: suspended ones, checkpoints, and what is made of them.
 
 use datamodel::enums::{VdiType, VmPowerState};
-use datamodel::fields::{pool as pool_fields, vbd, vdi, vif, vm, vm_metrics};
+use datamodel::fields::{pool as pool_fields, sr, vbd, vdi, vif, vm, vm_metrics};
 use datamodel::{ClassKind, Input, Operation, Ref, Vdi, Vm};
 use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
@@ -230,6 +230,40 @@ async fn a_halted_vm_becomes_what_its_snapshot_is() {
     assert_eq!(row.name_label(), "edited");
     assert!(row.get(vm::CURRENT_OPERATIONS).is_empty());
     assert_eq!(pool.refusal("VM.revert", one(this)).await, ["REVERT_ONLY_ALLOWED_ON_SNAPSHOT"]);
+}
+
+/// What is under way in the store of images, while a call is.
+async fn under_way(pool: &Pool, method: &str, arguments: Vec<Input>) -> Vec<String> {
+    pool.agent.stores.hold_after(0);
+    let call = pool.ask(method, arguments);
+    let look = async {
+        pool.agent.stores.held().await;
+        let now = pool.of(pool.local()).await.get(sr::CURRENT_OPERATIONS);
+        pool.agent.stores.release();
+        now.values().map(ToString::to_string).collect()
+    };
+    let (done, now) = tokio::join!(call, look);
+    done.unwrap();
+    now
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_makes_or_removes_an_image_of_memory_holds_its_store() {
+    let pool = Pool::start().await;
+    let this = pool.vm("holds").await;
+    let disk = pool.disk("its disk", 1 << 20).await;
+    pool.drive(this, disk, "0", "RW").await;
+    pool.turn_on(this).await.unwrap();
+    let local = vec![text(this.to_string()), text(pool.local().to_string())];
+    pool.ask("VM.set_suspend_SR", local).await.unwrap();
+    let snapshot = vec![text(this.to_string()), text("before"), Input::Array(Vec::new())];
+    let made = Ref::<Vm>::from_opaque(reference(&pool.ask("VM.snapshot", snapshot).await.unwrap()));
+    assert_eq!(under_way(&pool, "VM.suspend", one(this)).await, ["vdi_create"]);
+    assert_eq!(under_way(&pool, "VM.resume", resume(this, false)).await, ["vdi_destroy"]);
+    pool.ask("VM.suspend", one(this)).await.unwrap();
+    assert_eq!(under_way(&pool, "VM.hard_shutdown", one(this)).await, ["vdi_destroy"]);
+    assert_eq!(under_way(&pool, "VM.revert", one(made)).await, ["vdi_snapshot"]);
+    assert!(pool.of(pool.local()).await.get(sr::CURRENT_OPERATIONS).is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
