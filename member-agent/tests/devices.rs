@@ -454,6 +454,49 @@ async fn a_disk_in_use_goes_over_to_another_image(driver: &str) {
     assert_eq!(bare.plugged().remove(0).disk.path, top.display().to_string());
 }
 
+#[tokio::test]
+async fn a_join_gives_way_to_whatever_is_to_be_done_to_its_images() {
+    let bare = Bare::start("qemu").await;
+    let vm = Uuid::new_v4();
+    // So much that it takes a while, and is not one piece.
+    let size = 512 * MIB;
+    let below = bare.thin("below.qcow2", size, None);
+    let write = |image: &Path| {
+        let at = |megabyte: u64| format!("write -q -P {} {megabyte}M 256k", megabyte % 250 + 1);
+        let mut command = Command::new("qemu-io");
+        for megabyte in 0..size / MIB {
+            command.args(["-c", &at(megabyte)]);
+        }
+        assert!(command.args(["-f", "qcow2"]).arg(image).status().expect("qemu-io runs").success());
+    };
+    write(&below);
+    let volume = bare.thin("volume.qcow2", size, Some(&below));
+    let machine = DomainSpec { disks: vec![disk("one", "xvda", &volume)], ..spec(vm) };
+    bare.start(machine.clone(), true, "").await.expect("starts");
+    let join = || bare.join_disk(vm, "one", None);
+
+    // The domain is asked for one after the other: the join has begun when the next comes.
+    let image = bare.memory("qemu");
+    let top = bare.thin("top.qcow2", size, Some(&volume));
+    let (joined, done) = tokio::join!(join(), bare.relink_disk(vm, "one", &top));
+    done.expect("goes over");
+    assert!(joined.is_err(), "the join is over before anything is to be done");
+    let (joined, done) = tokio::join!(join(), bare.resize_disk(vm, "one", size + MIB));
+    done.expect("grows");
+    assert!(joined.is_err());
+    let (joined, done) = tokio::join!(join(), bare.suspend(vm, &image, false, ""));
+    done.expect("suspends");
+    assert!(joined.is_err());
+    bare.nothing_is_left(vm);
+    let machine = DomainSpec { disks: vec![disk("one", "xvda", &top)], ..machine };
+    bare.resume(machine, &image, true, "").await.expect("resumes");
+    join().await.expect("joins in the end");
+    bare.destroy(vm, "").await.expect("ends");
+    for image in [&below, &volume, &top] {
+        assert!(Command::new("qemu-img").args(["check", "-q"]).arg(image).status().unwrap().success());
+    }
+}
+
 async fn disks_are_known_to_the_next_agent(driver: &str) {
     let mut bare = Bare::start(driver).await;
     let vm = Uuid::new_v4();

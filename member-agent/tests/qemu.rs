@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use member_agent::AcceleratorChoice;
 use proto::agent::refusal::Reason;
-use proto::agent::{Disk, PowerState, Vif};
+use proto::agent::{Disk, DomainState, PowerState, Refusal, Vif};
 use uuid::Uuid;
 
 #[tokio::test]
@@ -235,8 +235,62 @@ async fn a_reset_settles_what_the_guest_before_it_was_asked_for() {
         client.step(vm, reboot(false, Some(deaf.clone()))).await.expect("resets");
         match asked.await.expect("no panic") {
             Ok(state) => assert!(meant && state.state() == PowerState::Running, "{state:?}"),
-            Err(refusal) => assert!(!meant && refusal.detail.contains("was reset"), "{refusal:?}"),
+            Err(refusal) => assert!(!meant && refusal.detail == "running", "{refusal:?}"),
         }
         host.boots(vm, boots).await;
     }
+}
+
+/// Whose guest does not go off, asked to reboot as another machine.
+async fn waits_for_another_machine(host: &Host, vm: Uuid) -> tokio::task::JoinHandle<Result<DomainState, Refusal>> {
+    let mut client = host.client().await;
+    let deaf = move |more: &str| {
+        let plain = spec(vm);
+        proto::agent::DomainSpec { kernel_args: format!("{} xenith.deaf{more}", plain.kernel_args), ..plain }
+    };
+    client.step(vm, start(deaf(""))).await.expect("starts");
+    host.boots(vm, 1).await;
+    let (by, ledger) = (operation(), host.config.state_dir.join("ledger.jsonl"));
+    let asked = {
+        let by = by.clone();
+        tokio::spawn(async move { client.step_as(&by, vm, reboot(true, Some(deaf(" xenith.another")))).await })
+    };
+    eventually("the guest is asked", || std::fs::read_to_string(&ledger).unwrap().contains(&by)).await;
+    asked
+}
+
+#[tokio::test]
+async fn a_machine_that_was_destroyed_before_it_rebooted_does_not_come_back() {
+    let host = Host::start("qemu").await;
+    let vm = Uuid::new_v4();
+    let asked = waits_for_another_machine(&host, vm).await;
+    let mut client = host.client().await;
+    client.step(vm, destroy()).await.expect("destroyed");
+    let refusal = asked.await.expect("no panic").expect_err("it was not the guest that went");
+    assert_eq!((refusal.reason(), refusal.detail.as_str()), (Reason::BadState, "halted"));
+    assert_eq!(client.watch().await.all().await, vec![]);
+    assert!(host.processes().is_empty());
+}
+
+#[tokio::test]
+async fn a_reset_that_meets_the_building_of_another_machine_has_it_begin_anew() {
+    let host = Host::start("qemu").await;
+    let (mut client, vm) = (host.client().await, Uuid::new_v4());
+    client.step(vm, start(spec(vm))).await.expect("starts");
+    host.heartbeats(vm, 2).await;
+    let mut another = spec(vm);
+    another.kernel_args += " xenith.another";
+    let mut watching = client.watch().await;
+    watching.all().await;
+    let (mut asking, wanted) = (client.clone(), another.clone());
+    let asked = tokio::spawn(async move { asking.step(vm, reboot(true, Some(wanted))).await });
+    watching.becomes(vm, PowerState::Halted).await;
+    let now = client.step(vm, reboot(false, Some(another))).await.expect("resets");
+    assert_eq!(now.state(), PowerState::Running);
+    match asked.await.expect("no panic") {
+        Ok(state) => assert_eq!(state.state(), PowerState::Running),
+        Err(refusal) => assert_eq!(refusal.reason(), Reason::BadState, "{refusal:?}"),
+    }
+    host.heartbeats(vm, 1).await;
+    assert_eq!(host.processes().len(), 1);
 }

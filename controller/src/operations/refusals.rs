@@ -114,7 +114,16 @@ pub(crate) fn error(state: &State, step: &Planned, refusal: &Refusal) -> ApiErro
         Reason::BadState if matches!(step.action, Action::UnplugDisk(_)) => {
             errors::device_detach_rejected("VBD", vbd_ref, detail)
         }
-        Reason::BadState => errors::vm_bad_power_state(vm_ref, "running", detail.to_ascii_lowercase()),
+        Reason::BadState => {
+            let now = detail.to_ascii_lowercase();
+            let expected = match step.action {
+                Action::Unpause(_) => "paused",
+                // It was to go off, and somebody has reset it.
+                Action::Shutdown(_) if now == "running" => "halted",
+                _ => "running",
+            };
+            errors::vm_bad_power_state(vm_ref, expected, now)
+        }
         Reason::BootFailed => errors::bootloader_failed(vm_ref, detail),
         Reason::WrongPool => errors::internal_error(format!("host {} belongs to another pool", step.host)),
         Reason::NoSpace if matches!(step.action, Action::Suspend(_)) => errors::sr_suspend_space_insufficient(sr_ref),

@@ -16,9 +16,9 @@ use crate::api::vm::queries::suspend_sr;
 use crate::call::{Call, find};
 use crate::failure::{Served, refuse};
 use crate::lifecycle;
-use crate::storage::reach;
 use crate::storage::vdi::hold_store;
 use crate::storage::volumes::{self, Made};
+use crate::storage::{reach, rules};
 
 /// An image has room for a VM's memory in hundredths of it, and for the rest of the machine.
 const HUNDREDTHS: i64 = 126;
@@ -87,6 +87,7 @@ pub(crate) async fn suspend(call: &Call, this: Ref<Vm>) -> Served<()> {
     run(call, &Suspend, move |draft| {
         let row = draft.row(this)?;
         lifecycle::check(draft.state, &row, VmOperations::Suspend)?;
+        rules::check_drives_at_rest(draft.state, &row)?;
         let host_ref = row.get(vm::RESIDENT_ON);
         let sr_ref = suspend_sr(draft.state, &row, host_ref)?;
         draft.hold(&row, VmOperations::Suspend.as_str());

@@ -273,12 +273,22 @@ pub(crate) fn check_sharing(state: &State, drive: &Row) -> Result<(), ApiError> 
     if in_the_way { Err(errors::vdi_in_use(vdi_ref, "attach")) } else { Ok(()) }
 }
 
+/// Nothing is under way at the drives of a VM whose memory is to be written.
+pub(crate) fn check_drives_at_rest(state: &State, vm_row: &Row) -> Result<(), ApiError> {
+    let drives = vm_row.get(vm::VBDS).into_iter().filter_map(|reference: Ref<Vbd>| state.row(reference));
+    for drive in drives {
+        busy("VBD", drive, &drive.get(vbd::CURRENT_OPERATIONS), |_: VbdOp| false)?;
+    }
+    Ok(())
+}
+
 /// Operations of a VM during which its drives stay as they are.
 const ENDING: &[VmOperations] = &[
     VmOperations::CleanShutdown,
     VmOperations::HardShutdown,
     VmOperations::Shutdown,
     VmOperations::Suspend,
+    VmOperations::Checkpoint,
     VmOperations::Pause,
     VmOperations::CleanReboot,
     VmOperations::HardReboot,

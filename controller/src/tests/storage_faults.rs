@@ -241,7 +241,11 @@ async fn what_was_owed_when_a_store_was_looked_into_is_no_disk_when_it_is_told()
         let local = pool.local();
         pool.until(|state| !state.row(local).unwrap().get(sr::CURRENT_OPERATIONS).is_empty()).await;
         let owed = pool.store().state().all::<Operation>().find(|row| row.get(operation::TASK).is_null()).cloned();
-        pool.commit(|change| drop(change.delete(owed.as_ref().unwrap().typed::<Operation>()))).await;
+        let owed = owed.unwrap().typed::<Operation>();
+        pool.commit(|change| {
+            change.delete(owed);
+        })
+        .await;
         pool.agent.stores.release();
     };
     let (scanned, ()) = tokio::join!(pool.ask("SR.scan", scan()), paid);

@@ -107,6 +107,20 @@ impl Roster {
         }
     }
 
+    /// Whether this VM's domain is being built.
+    pub fn is_building(&self, vm: Uuid) -> bool {
+        self.inner.lock().building.contains_key(&vm)
+    }
+
+    /// The domain of a VM, once nobody is building it.
+    pub async fn built(&self, vm: Uuid, limit: Duration) -> Option<DomainState> {
+        let mut settled = self.settled.subscribe();
+        let at_rest = settled.wait_for(|()| !self.is_building(vm));
+        // One that is still being built then is not there.
+        let _ = tokio::time::timeout(limit, at_rest).await;
+        self.get(vm)
+    }
+
     /// Takes in a domain that was there before this agent.
     pub fn adopt(&self, state: DomainState) {
         self.publish(state);

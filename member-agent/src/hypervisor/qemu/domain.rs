@@ -228,7 +228,7 @@ impl Domain {
             What::Destroy => return self.end(Power::Halted, &request.by, "destroyed", vec![request.answer]).await,
             What::Pause => self.switch("stop", Power::Paused, &request.by).await,
             What::Unpause => self.switch("cont", Power::Running, &request.by).await,
-            What::Reboot { clean: false } => self.reset(&request.by).await.map(Some),
+            What::Reboot { clean: false, .. } => self.reset(&request.by).await.map(Some),
             What::Shutdown | What::Reboot { .. } => return self.ask_guest(request).await,
             What::Suspend { .. } => return self.suspend(request).await,
             What::MemoryTarget(bytes) => self.set_memory_target(*bytes, &request.by).await.map(Some),
@@ -248,7 +248,7 @@ impl Domain {
             What::Relink { vbd, overlay } => self.relink(vbd, overlay).await.map(|()| None),
             What::Resize { vbd, bytes } => self.resize(vbd, *bytes).await.map(|()| None),
             What::Join { vbd, base } => match self.join(vbd, base.as_deref()).await {
-                Ok(job) => return self.wait(request, Wait::Joined(job)),
+                Ok(join) => return self.wait(request, Wait::Joined(join)),
                 Err(refusal) => Err(refusal),
             },
         };
@@ -256,10 +256,11 @@ impl Domain {
     }
 
     /// While its memory is being written nothing else can be done with a domain; nor can that begin while something else
-    /// is being done to its disks.
+    /// is being done to its disks. A join is given up for it.
     fn check_pending(&self, what: &What) -> Result<(), Refusal> {
         let saving = self.pending.iter().any(|pending| matches!(pending.wait, Wait::Saved(_)));
-        let busy = self.pending.iter().any(|pending| !matches!(pending.wait, Wait::Off | Wait::Saved(_)));
+        let busy =
+            self.pending.iter().any(|pending| !matches!(pending.wait, Wait::Off | Wait::Saved(_) | Wait::Joined(_)));
         let suspends = matches!(what, What::Suspend { .. });
         if saving && !matches!(what, What::Destroy) {
             return Err(Refusal::new(Reason::BadState, "suspending"));
@@ -420,7 +421,7 @@ impl Domain {
             _ => self.description.spec.on_shutdown,
         };
         let (by, answers) = match self.take_pending(|wait| matches!(wait, Wait::Off)) {
-            Some(Pending { request, .. }) if request.what.kind() == Some(StepKind::Reboot) => {
+            Some(Pending { request, .. }) if matches!(request.what, What::Reboot { anew: false, .. }) => {
                 let done = self.begin_anew(&request.by, "").await;
                 return answer(request.answer, done.map(|()| self.state().clone()));
             }
@@ -455,7 +456,7 @@ impl Domain {
         self.begin_anew(by, "").await?;
         if let Some(Pending { request, .. }) = self.take_pending(|wait| matches!(wait, Wait::Off)) {
             let meant = request.what.kind() == Some(StepKind::Reboot);
-            let reset = || Refusal::failed("the guest was reset before it went off");
+            let reset = || Refusal::new(Reason::BadState, "running");
             answer(request.answer, if meant { Ok(self.state().clone()) } else { Err(reset()) });
         }
         Ok(self.state().clone())

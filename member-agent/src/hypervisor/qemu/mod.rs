@@ -59,6 +59,8 @@ const STEP: Duration = Duration::from_secs(30);
 const VCPUS: Duration = Duration::from_secs(20);
 /// How long memory may take on its way to an image or from one.
 const MEMORY: Duration = Duration::from_secs(1200);
+/// A reset that meets the building of another machine begins again so often.
+const RESETS: u32 = 3;
 /// How long images may take to be joined.
 const JOIN: Duration = Duration::from_secs(24 * 3600);
 
@@ -252,7 +254,7 @@ impl Qemu {
                 },
             },
             () = process.ended() => Err(refused(said(dir))),
-            () = reservation.cancelled() => Err(Refusal::failed("destroyed while it was being built")),
+            () = reservation.cancelled() => Err(Refusal::new(Reason::BadState, "halted")),
         };
         let finished = linked.and_then(|link| {
             description.phase = Phase::Live;
@@ -320,6 +322,33 @@ impl Qemu {
         }
     }
 
+    /// Builds a domain anew when its guest has gone off, as another machine. One that was reset meanwhile has rebooted.
+    async fn reboot_anew(&self, vm: Uuid, spec: DomainSpec, limit: Duration, by: &str) -> Result<DomainState, Refusal> {
+        let ended = self.ask(vm, What::Reboot { clean: true, anew: true }, limit, by).await?;
+        if ended.power != Power::Halted {
+            return Ok(ended);
+        }
+        match self.start(spec, false, by).await {
+            Err(refusal) if refusal.reason == Reason::DomainExists => {
+                self.shared.roster.built(vm, LAUNCH).await.ok_or_else(|| Refusal::new(Reason::BadState, "halted"))
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Builds a domain anew whatever its guest wants. A clean reboot may be at building one at the same moment.
+    async fn reset_anew(&self, vm: Uuid, spec: DomainSpec, by: &str) -> Result<DomainState, Refusal> {
+        let mut attempts = 0;
+        loop {
+            self.destroy(vm, by).await?;
+            attempts += 1;
+            match self.start(spec.clone(), false, by).await {
+                Err(refusal) if refusal.reason == Reason::DomainExists && attempts < RESETS => {}
+                outcome => return outcome,
+            }
+        }
+    }
+
     /// Hands a request to the domain's task and waits for what comes of it.
     async fn ask(&self, vm: Uuid, what: What, limit: Duration, by: &str) -> Result<DomainState, Refusal> {
         let handle = self.shared.handles.lock().get(&vm).cloned().ok_or_else(|| Refusal::no_such_domain(vm))?;
@@ -377,8 +406,8 @@ impl Hypervisor for Qemu {
         let kept = Description::load(&self.domains.join(vm.to_string())).ok();
         let anew = kept.and_then(|kept| {
             let spec = reboot.spec.clone().unwrap_or_else(|| kept.spec.clone());
-            let young = !reboot.clean && kept.firmware_may_be_at_work();
-            (young || !kept.spec.same_machine(&spec)).then_some(spec)
+            let young = self.shared.roster.is_building(vm) || kept.firmware_may_be_at_work();
+            ((young && !reboot.clean) || !kept.spec.same_machine(&spec)).then_some(spec)
         });
         match anew {
             // Another machine: the old one goes as asked, then the new one is built. So does one that is too young to
@@ -386,13 +415,12 @@ impl Hypervisor for Qemu {
             Some(spec) => {
                 launch::check(&spec)?;
                 if reboot.clean {
-                    self.shutdown(vm, reboot.limit, by).await?;
+                    self.reboot_anew(vm, spec, reboot.limit, by).await
                 } else {
-                    self.destroy(vm, by).await?;
+                    self.reset_anew(vm, spec, by).await
                 }
-                self.start(spec, false, by).await
             }
-            None => self.ask(vm, What::Reboot { clean: reboot.clean }, reboot.limit, by).await,
+            None => self.ask(vm, What::Reboot { clean: reboot.clean, anew: false }, reboot.limit, by).await,
         }
     }
 

@@ -11,9 +11,11 @@ use tokio::time::{Instant, sleep};
 use super::blocks::{self, Attached, Node, why_not_open};
 use super::domain::Domain;
 use super::qmp::Event;
-use super::request::{Pending, Wait, answer};
+use super::request::{Join, Pending, Wait, What, answer};
 use crate::hypervisor::domain::{Disk, DomainState, ImageFormat, Medium, Reason, Refusal};
 
+/// What the names of jobs that join images begin with.
+const JOIN: &str = "join-";
 /// How long QEMU may take to change a device over to nothing.
 const CHANGE_OVER: Duration = Duration::from_secs(4);
 
@@ -267,6 +269,7 @@ impl Domain {
         if nodes[0].file == Some(file) {
             return Ok(());
         }
+        self.stop_joins().await?;
         let disk = Disk { path: path.to_owned(), format: ImageFormat::Qcow2, ..disk };
         let node = self.description.node(path);
         self.goes_over_to(vbd, Some(node.clone()));
@@ -294,26 +297,28 @@ impl Domain {
         if bytes < self.virtual_size(&nodes[0]).await? {
             return Err(Refusal::new(Reason::Unsupported, "a disk cannot become smaller"));
         }
+        self.stop_joins().await?;
         let resized = self.execute("block_resize", json!({ "node-name": nodes[0].name, "size": bytes })).await;
         resized.map(drop).map_err(opening)
     }
 
-    /// Begins to join images, and gives the job that does it.
-    pub(super) async fn join(&mut self, vbd: &str, base: Option<&Path>) -> Result<String, Refusal> {
+    /// Begins to join images.
+    pub(super) async fn join(&mut self, vbd: &str, base: Option<&Path>) -> Result<Join, Refusal> {
         let (disk, nodes) = self.image_of(vbd)?;
-        let job = format!("join-{}", blocks::device_id(&disk));
+        let top = nodes[0].name.clone();
+        let job = format!("{JOIN}{}", blocks::device_id(&disk));
         let jobs = self.execute("query-block-jobs", json!({})).await?;
         if entry(&jobs, "device", &job).is_some() {
-            return Ok(job);
+            return Ok(Join { job, top });
         }
-        let mut options = json!({ "job-id": job, "device": nodes[0].name });
+        let mut options = json!({ "job-id": job, "device": top });
         if let (Some(base), Some(options)) = (base, options.as_object_mut()) {
             let name = base.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             options.insert("base-node".into(), self.node_of(base, &nodes).await?.into());
             options.insert("backing-file".into(), name.into());
         }
         self.execute("block-stream", options).await.map_err(opening)?;
-        Ok(job)
+        Ok(Join { job, top })
     }
 
     /// The node that has this file open: one of ours, or one that QEMU opened because an image stands on it.
@@ -332,9 +337,34 @@ impl Domain {
         node.and_then(|node| node["node-name"].as_str()).map(str::to_owned).ok_or_else(missing)
     }
 
+    /// Has joins stop, also those that a former agent began: nothing else can be done to an image meanwhile. All stays as it
+    /// is, and the next scan joins again.
+    pub(super) async fn stop_joins(&self) -> Result<(), Refusal> {
+        let deadline = Instant::now() + CHANGE_OVER;
+        loop {
+            let jobs = self.execute("query-block-jobs", json!({})).await?;
+            let jobs = jobs.as_array().map(Vec::as_slice).unwrap_or_default();
+            let jobs = jobs.iter().filter_map(|job| job["device"].as_str()).filter(|job| job.starts_with(JOIN));
+            let mut left = false;
+            for job in jobs {
+                left = true;
+                // One that has ended meanwhile is not there to be stopped.
+                let asked = self.execute("block-job-cancel", json!({ "device": job, "force": true })).await;
+                tracing::debug!(vm = %self.vm(), job, ?asked, "a join is given up");
+            }
+            if !left {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(Refusal::new(Reason::InUse, "images are being joined, and QEMU does not stop that"));
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     pub(super) async fn job_ended(&mut self, event: &Event) {
         let job = event.text("device");
-        let Some(pending) = self.take_pending(|wait| matches!(wait, Wait::Joined(it) if it == job)) else {
+        let Some(pending) = self.take_pending(|wait| matches!(wait, Wait::Joined(it) if it.job == job)) else {
             return;
         };
         let cancelled = event.name == "BLOCK_JOB_CANCELLED";
@@ -350,18 +380,22 @@ impl Domain {
 
     /// Closes the images whose content the one above them has now.
     async fn drop_joined(&mut self, pending: &Pending) {
-        let super::request::What::Join { vbd, base } = &pending.request.what else { return };
+        let (What::Join { vbd, base }, Wait::Joined(join)) = (&pending.request.what, &pending.wait) else {
+            return;
+        };
         let kept = base.as_deref().and_then(|base| blocks::file_at(&base.to_string_lossy()));
         let Some(attached) = self.description.disk(vbd) else { return };
         let base = attached.nodes.iter().position(|node| kept.is_some() && node.file == kept);
         let until = base.unwrap_or(attached.nodes.len());
-        let joined: Vec<Node> = attached.nodes.drain(1.min(until)..until).collect();
+        // The guest may have gone over to another image meanwhile, above the one that took all in.
+        let Some(top) = attached.nodes.iter().position(|node| node.name == join.top) else { return };
+        let joined: Vec<Node> = attached.nodes.drain((top + 1).min(until)..until).collect();
         self.close(&joined).await;
         self.keep();
     }
 
     pub(super) async fn look_at_joining(&mut self, pending: Pending) {
-        let Wait::Joined(job) = &pending.wait else { return };
+        let Wait::Joined(Join { job, .. }) = &pending.wait else { return };
         let Ok(jobs) = self.execute("query-block-jobs", json!({})).await else {
             return self.pending.push(pending);
         };

@@ -18,17 +18,39 @@ pub(super) enum What {
     Pause,
     Unpause,
     Shutdown,
-    Reboot { clean: bool },
-    Suspend { into: PathBuf, keep_running: bool },
+    /// `anew`: into another machine. The domain ends when its guest goes, and who asked builds the next one.
+    Reboot {
+        clean: bool,
+        anew: bool,
+    },
+    Suspend {
+        into: PathBuf,
+        keep_running: bool,
+    },
     MemoryTarget(u64),
     Vcpus(u32),
     SysRq(char),
     Plug(Disk),
-    Unplug { vbd: String, force: bool },
-    Medium { vbd: String, medium: Option<Medium> },
-    Relink { vbd: String, overlay: PathBuf },
-    Resize { vbd: String, bytes: u64 },
-    Join { vbd: String, base: Option<PathBuf> },
+    Unplug {
+        vbd: String,
+        force: bool,
+    },
+    Medium {
+        vbd: String,
+        medium: Option<Medium>,
+    },
+    Relink {
+        vbd: String,
+        overlay: PathBuf,
+    },
+    Resize {
+        vbd: String,
+        bytes: u64,
+    },
+    Join {
+        vbd: String,
+        base: Option<PathBuf>,
+    },
 }
 
 impl What {
@@ -53,7 +75,7 @@ impl What {
 
     /// Refuses what has no sense in this state.
     pub fn check(&self, power: Power) -> Result<(), Refusal> {
-        let clean = matches!(self, Self::Shutdown | Self::Reboot { clean: true });
+        let clean = matches!(self, Self::Shutdown | Self::Reboot { clean: true, .. });
         self.kind().map_or(Ok(()), |kind| kind.check(power, clean))
     }
 }
@@ -68,6 +90,14 @@ pub(super) struct Request {
     pub answer: oneshot::Sender<Answer>,
 }
 
+/// Images that are being joined.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Join {
+    pub job: String,
+    /// The node that takes in what is below it.
+    pub top: String,
+}
+
 /// What has to happen before a request is answered.
 #[derive(Debug)]
 pub(super) enum Wait {
@@ -80,7 +110,7 @@ pub(super) enum Wait {
     /// The memory is written.
     Saved(Saving),
     /// The images are joined: this job ends.
-    Joined(String),
+    Joined(Join),
 }
 
 impl Wait {

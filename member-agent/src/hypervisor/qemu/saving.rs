@@ -46,6 +46,8 @@ impl Domain {
         let What::Suspend { into, .. } = &request.what else {
             return Err(Refusal::failed("no suspend"));
         };
+        // A job at them would keep QEMU from letting go of the images.
+        self.stop_joins().await?;
         let (was, memory, image) = (self.state().power, self.description.spec.memory(), into.clone());
         let opened = tokio::task::spawn_blocking(move || Saved::begin(&image, memory)).await;
         let file = opened.map_err(Refusal::failed)??;

@@ -186,7 +186,7 @@ impl Sim {
         let built = async {
             tokio::select! {
                 began = self.begin(step) => began?,
-                () = reservation.cancelled() => return Err(Refusal::failed("destroyed while it was being built")),
+                () = reservation.cancelled() => return Err(Refusal::new(Reason::BadState, "halted")),
             }
             // Guests here have a balloon from their first instruction.
             let state = DomainState {
