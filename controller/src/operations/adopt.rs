@@ -83,7 +83,7 @@ async fn pay(shared: &Arc<Shared>, mut journal: Journal) -> Served<()> {
             change.delete(journal.reference);
         } else {
             change.expect_exists(Operation::ID, journal.reference.opaque());
-            journal.owe(&mut change);
+            journal.owe(&mut change, &journal.undo);
         }
         shared.store.commit(change).await?;
     }

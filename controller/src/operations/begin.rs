@@ -16,7 +16,7 @@ use crate::in_hand::Hold;
 use crate::repeats::Stage;
 use crate::tasks;
 
-/// A call waits so long for what is done to a whole SR.
+/// A call waits so long for what is done to a whole SR, or to the drives of its VM.
 const BUSY_LIMIT: Duration = Duration::from_secs(120);
 
 /// An operation that is about to begin, over the pool as it is.
@@ -108,7 +108,7 @@ async fn begin(
         match attempt(call, kind, draft).await {
             Ok(Some(begun)) => return Ok(begun),
             Ok(None) => attempts += 1,
-            Err(Failure::Api(error)) if is_busy_store(&error) => {
+            Err(Failure::Api(error)) if is_soon_over(kind, &error) => {
                 tokio::select! {
                     changed = applied.changed() => if changed.is_err() { return Err(Failure::NotLeader) },
                     () = tokio::time::sleep_until(patience) => return refuse(error),
@@ -121,9 +121,12 @@ async fn begin(
     refuse(errors::too_many_pending_tasks())
 }
 
-/// What is done to a whole SR is soon over, and nobody who wants a disk has to know of it.
-fn is_busy_store(error: &ApiError) -> bool {
-    error.code == errors::OTHER_OPERATION_IN_PROGRESS && error.params.first().is_some_and(|class| class == "SR")
+/// What is done to a whole SR is soon over, and nobody who wants a disk has to know of it. Nor has he who reboots a VM
+/// that is letting go of one.
+fn is_soon_over(kind: &dyn Kind, error: &ApiError) -> bool {
+    let class = error.params.first().map(String::as_str);
+    error.code == errors::OTHER_OPERATION_IN_PROGRESS
+        && (class == Some("SR") || (class == Some("VBD") && kind.waits_for_drives()))
 }
 
 /// None where others were faster.

@@ -18,7 +18,7 @@ use crate::api::vm::queries::suspend_sr;
 use crate::call::{Call, find};
 use crate::failure::{Failure, Served, refuse};
 use crate::lifecycle;
-use crate::storage::{reach, rules};
+use crate::storage::{disks, reach};
 
 /// The parameters of the operation.
 const POWER: &str = "power";
@@ -40,7 +40,7 @@ pub(crate) async fn checkpoint(call: &Call, this: Ref<Vm>, name: String) -> Serv
 fn begin(draft: &mut Draft<'_>, this: Ref<Vm>, name: &str) -> Served<()> {
     let row = draft.row(this)?;
     lifecycle::check(draft.state, &row, VmOperations::Checkpoint)?;
-    rules::check_drives_at_rest(draft.state, &row)?;
+    disks::keep_all(draft, &row)?;
     draft.hold(&row, VmOperations::Checkpoint.as_str());
     let power = row.get(vm::POWER_STATE);
     draft.about(this).note("name", name).note(POWER, power);
@@ -135,6 +135,10 @@ impl Kind for Checkpoint {
     }
 
     fn cancellable(&self) -> bool {
+        true
+    }
+
+    fn waits_for_drives(&self) -> bool {
         true
     }
 }

@@ -83,12 +83,26 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
         }
         let outcome = match step::perform(shared, journal, step).await {
             Ok(performed) => performed,
+            Err(failed) if step.debt(&failed).is_some() => {
+                tracing::warn!(operation = journal.uuid, number, ?failed, "a step is done later");
+                journal.debts.extend(step.debt(&failed).map(|debt| (number, debt)));
+                Performed::Nothing
+            }
             Err(StepError::NotLeader) => return Err(Failure::NotLeader),
             Err(StepError::Refused(refusal)) if refusal.reason() == proto::agent::refusal::Reason::StaleEpoch => {
                 return Err(Failure::NotLeader);
             }
             Err(failed) if step.may_fail => {
                 tracing::info!(operation = journal.uuid, number, ?failed, "a step failed that may");
+                Performed::Nothing
+            }
+            // Nobody knows whether it was done, here or by a master before this one.
+            Err(StepError::Lost(error)) if step.irrevocable => {
+                tracing::warn!(operation = journal.uuid, number, %error, "a step without return may have been done");
+                Performed::Nothing
+            }
+            Err(StepError::NotReached(error)) if step.irrevocable && journal.adopted => {
+                tracing::warn!(operation = journal.uuid, number, %error, "a step without return may have been done");
                 Performed::Nothing
             }
             Err(StepError::Refused(refusal)) => {
@@ -109,24 +123,21 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
         dies(shared)?;
         journal.adopted = false;
         journal.outcomes.push(outcome);
+        if step.irrevocable {
+            journal.undo.clear();
+        }
         let plan = kind.plan(&Seen { state: &state, journal })?;
         if let Some(next) = plan.get(journal.outcomes.len()) {
             let (done, all) = (journal.outcomes.len(), plan.len());
             journaled(shared, journal, |state, change| {
-                if next.irrevocable {
-                    if kind.cancellable() {
-                        not_cancelled(state, change, journal)?;
-                    }
-                    journal.undo.keys().for_each(|number| journal.forget_undo(change, *number));
+                if next.irrevocable && kind.cancellable() {
+                    not_cancelled(state, change, journal)?;
                 }
                 journal.advance(change, next);
                 show_progress(state, change, journal.task, done, all);
                 Ok(())
             })
             .await?;
-            if next.irrevocable {
-                journal.undo.clear();
-            }
         }
     }
 }
@@ -249,10 +260,9 @@ async fn settle(
         if failed.is_none() && !journal.undo.is_empty() && kind.is_some_and(Kind::cancellable) {
             not_cancelled(&state, &mut change, journal)?;
         }
-        if failed.is_some() && !journal.undo.is_empty() {
-            journal.owe(&mut change);
-        } else {
-            change.delete(journal.reference);
+        match if failed.is_some() { &journal.undo } else { &journal.debts } {
+            nothing if nothing.is_empty() => drop(change.delete(journal.reference)),
+            debts => journal.owe(&mut change, debts),
         }
         let_go(&state, &mut change, journal);
         let mut end = Ending { shared, state: &state, journal, change: &mut change };

@@ -52,6 +52,8 @@ pub(crate) struct Journal {
     pub(crate) outcomes: Vec<Performed>,
     /// How they are undone, by their numbers.
     pub(super) undo: BTreeMap<u32, Undo>,
+    /// What it goes on without, and is done later.
+    pub(super) debts: BTreeMap<u32, Undo>,
     pub(super) failure: Option<ApiError>,
     /// It was read from its row: whoever had it in hand before may have begun the step that comes next.
     pub(super) adopted: bool,
@@ -85,6 +87,7 @@ impl Journal {
                 .into_iter()
                 .filter_map(|(number, bytes)| Some((number, Undo::decode(&bytes)?)))
                 .collect(),
+            debts: BTreeMap::new(),
             adopted: true,
             failure: parameters.get(FAILED).map(|text| described(serde_json::from_str(text).unwrap_or_default())),
             parameters,
@@ -146,7 +149,7 @@ impl Journal {
         self.parameters.contains_key(TASK)
     }
 
-    /// Only what could not be undone is left of it: nobody waits for that, and nothing is held.
+    /// Only what could not be undone, or done, is left of it: nobody waits for that, and nothing is held.
     pub(super) fn only_owes(&self) -> bool {
         self.failure.is_some() && self.parameters.get(HELD).is_some_and(String::is_empty) && self.task.is_null()
     }
@@ -176,15 +179,13 @@ impl Journal {
         change.take(self.reference, operation::PARAMETERS, format!("{UNDO}{number}"));
     }
 
-    /// It has ended, but for what could not be undone yet.
-    pub(super) fn owe(&self, change: &mut Transaction) {
-        let kept = |key: &String| key == FAILED || key.strip_prefix(UNDO).is_some_and(|number| self.owes(number));
-        let mut left = self.parameters.clone();
-        left.retain(|key, _| kept(key));
+    /// It has ended, but for what could not be undone, or done, yet.
+    pub(super) fn owe(&self, change: &mut Transaction, debts: &BTreeMap<u32, Undo>) {
+        let mut left = BTreeMap::new();
         let text = self.failure.as_ref().and_then(|error| serde_json::to_string(&error.description()).ok());
         left.insert(FAILED.to_owned(), text.unwrap_or_default());
         left.insert(HELD.to_owned(), String::new());
-        for (number, undo) in &self.undo {
+        for (number, undo) in debts {
             left.insert(format!("{UNDO}{number}"), BASE64.encode(undo.encode()));
         }
         change.set(self.reference, operation::PARAMETERS, left).set(self.reference, operation::TASK, Ref::NULL).set(
@@ -192,10 +193,6 @@ impl Journal {
             operation::VM,
             Ref::NULL,
         );
-    }
-
-    fn owes(&self, number: &str) -> bool {
-        number.parse().is_ok_and(|number| self.undo.contains_key(&number))
     }
 }
 
@@ -246,6 +243,7 @@ impl Entry {
             parameters: self.parameters.clone(),
             outcomes: Vec::new(),
             undo: BTreeMap::new(),
+            debts: BTreeMap::new(),
             failure: None,
             adopted: false,
         }

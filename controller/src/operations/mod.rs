@@ -112,6 +112,11 @@ pub(crate) trait Kind: Send + Sync {
         refusals::error(seen.state, step, refusal)
     }
 
+    /// Whether it waits until nothing is under way at its VM's drives, rather than be refused.
+    fn waits_for_drives(&self) -> bool {
+        false
+    }
+
     /// Whether it is undone when its task is cancelled between two steps.
     fn cancellable(&self) -> bool {
         false

@@ -48,6 +48,10 @@ impl Power {
         matches!(self, Self::Start | Self::StartPaused)
     }
 
+    const fn reboots(self) -> bool {
+        matches!(self, Self::CleanReboot | Self::HardReboot)
+    }
+
     fn kind(self) -> &'static dyn Kind {
         match self {
             Self::Start => &Self::Start,
@@ -105,6 +109,9 @@ fn begin(draft: &mut Draft<'_>, this: Ref<Vm>, what: VmOperations, power: Power,
     let row = draft.row(this)?;
     lifecycle::check(draft.state, &row, what)?;
     draft.hold(&row, what.as_str());
+    if power.reboots() {
+        disks::keep_all(draft, &row)?;
+    }
     let host_ref = if power.starts() { reserve(draft, &row, on)? } else { row.get(vm::RESIDENT_ON) };
     draft.about(this).on(host_ref);
     Ok(())
@@ -200,6 +207,10 @@ impl Kind for Power {
         if end.state.row(end.journal.vm).is_some() {
             end.change.set(end.journal.vm, vm::SCHEDULED_TO_BE_RESIDENT_ON, Ref::NULL);
         }
+    }
+
+    fn waits_for_drives(&self) -> bool {
+        self.reboots()
     }
 }
 

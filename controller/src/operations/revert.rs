@@ -176,7 +176,7 @@ impl Kind for Revert {
         if let Some(old) = state.row(row.get(vm::SUSPEND_VDI))
             && let Ok(host_ref) = reach::worker_for(state, old)
         {
-            steps.push(volumes::destroy(state, old, host_ref)?.may_fail());
+            steps.push(volumes::destroy(state, old, host_ref)?.owed());
         }
         Ok(steps)
     }
@@ -194,7 +194,7 @@ impl Kind for Revert {
             place += 1;
         }
         let old = state.row::<Vdi>(row.get(vm::SUSPEND_VDI));
-        if let Some(old) = old.filter(|_| journal.was_done(place)) {
+        if let Some(old) = old.filter(|_| journal.outcomes.len() > place) {
             volumes::remove(state, end.change, old);
         }
         let memory = if remembers { show_image(end, &row, image_place(&end.seen()))? } else { Ref::NULL };

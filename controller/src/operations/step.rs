@@ -41,8 +41,20 @@ pub(crate) struct Planned {
     pub(crate) may_fail: bool,
     /// It is undone only where it is known to be done.
     pub(super) undone_if_known: bool,
-    /// Once it is begun nothing before it may be undone.
+    /// Once it may be done nothing before it may be undone.
     pub(super) irrevocable: bool,
+    /// It is done later.
+    pub(super) owed: Owed,
+}
+
+/// When a step that is not done is done later, as a debt of its operation, which goes on without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Owed {
+    Never,
+    /// It may have been done, and nobody knows.
+    Lost,
+    /// Whatever keeps it from being done, unless that is for good.
+    Always,
 }
 
 impl Planned {
@@ -58,6 +70,7 @@ impl Planned {
             may_fail: false,
             undone_if_known: false,
             irrevocable: false,
+            owed: Owed::Never,
         }
     }
 
@@ -75,12 +88,38 @@ impl Planned {
         self
     }
 
-    /// What steps before it made is all that is left of something once it is begun: from then on the operation goes
-    /// forward, whoever cancels it.
+    /// What steps before it made is all that is left of something once it may be done: from then on the operation goes
+    /// forward, whoever cancels it. Until it is begun nothing is lost, and an agent that refuses it has not done it.
     #[must_use]
     pub(crate) const fn irrevocable(mut self) -> Self {
         self.irrevocable = true;
         self
+    }
+
+    /// Where nobody knows whether it was done it is done later.
+    #[must_use]
+    pub(crate) const fn owed_if_lost(mut self) -> Self {
+        self.owed = Owed::Lost;
+        self
+    }
+
+    /// It is done later where it cannot be done now.
+    #[must_use]
+    pub(crate) const fn owed(mut self) -> Self {
+        self.owed = Owed::Always;
+        self
+    }
+
+    /// As a debt, if it is one after what came of it.
+    pub(super) fn debt(&self, failed: &StepError) -> Option<Undo> {
+        let undo = Undo { host: self.host, subject: self.subject.clone(), action: self.action.clone(), refused: 0 };
+        let owed = match failed {
+            StepError::NotLeader => false,
+            StepError::Lost(_) => self.owed != Owed::Never,
+            StepError::NotReached(_) => self.owed == Owed::Always,
+            StepError::Refused(refusal) => self.owed == Owed::Always && undo.is_worth_another_try(refusal.reason()),
+        };
+        owed.then_some(undo)
     }
 
     /// Its failure is no failure of the operation.

@@ -18,7 +18,7 @@ use crate::failure::{Served, refuse};
 use crate::lifecycle;
 use crate::storage::vdi::hold_store;
 use crate::storage::volumes::{self, Made};
-use crate::storage::{reach, rules};
+use crate::storage::{disks, reach};
 
 /// An image has room for a VM's memory in hundredths of it, and for the rest of the machine.
 const HUNDREDTHS: i64 = 126;
@@ -87,7 +87,7 @@ pub(crate) async fn suspend(call: &Call, this: Ref<Vm>) -> Served<()> {
     run(call, &Suspend, move |draft| {
         let row = draft.row(this)?;
         lifecycle::check(draft.state, &row, VmOperations::Suspend)?;
-        rules::check_drives_at_rest(draft.state, &row)?;
+        disks::keep_all(draft, &row)?;
         let host_ref = row.get(vm::RESIDENT_ON);
         let sr_ref = suspend_sr(draft.state, &row, host_ref)?;
         draft.hold(&row, VmOperations::Suspend.as_str());
@@ -122,6 +122,10 @@ impl Kind for Suspend {
             end.change.set(journal.vm, vm::SUSPEND_VDI, image);
         }
         Ok(Value::Void)
+    }
+
+    fn waits_for_drives(&self) -> bool {
+        true
     }
 }
 
@@ -165,7 +169,7 @@ impl Kind for Resume {
             paused: journal.parameter(PAUSED) == "true",
         });
         let resume = Planned::new(journal.host, row.uuid(), action);
-        Ok(vec![resume, volumes::destroy(state, &image, journal.host)?.may_fail()])
+        Ok(vec![resume, volumes::destroy(state, &image, journal.host)?.owed()])
     }
 
     fn record(&self, end: &mut Ending<'_>) -> Served<Value> {
@@ -178,7 +182,7 @@ impl Kind for Resume {
             );
             show(end.shared, end.state, end.change, row, journal.host, journal.domain(0)?);
         }
-        forget_image(end, journal.object(IMAGE), 1);
+        forget_image(end, journal.object(IMAGE));
         Ok(Value::Void)
     }
 
@@ -189,11 +193,9 @@ impl Kind for Resume {
     }
 }
 
-/// The row of an image goes with the image. One that could not be removed stays to be seen.
-fn forget_image(end: &mut Ending<'_>, image: Ref<Vdi>, step: usize) {
-    if end.journal.was_done(step)
-        && let Some(row) = end.state.row(image)
-    {
+/// An image that cannot be removed now is nobody's disk until it is.
+fn forget_image(end: &mut Ending<'_>, image: Ref<Vdi>) {
+    if let Some(row) = end.state.row(image) {
         volumes::remove(end.state, end.change, row);
     }
 }
@@ -229,7 +231,7 @@ impl Kind for Discard {
     fn plan(&self, seen: &Seen<'_>) -> Served<Vec<Planned>> {
         let (state, journal) = (seen.state, seen.journal);
         match state.row(journal.object::<Vdi>(IMAGE)) {
-            Some(image) => Ok(vec![volumes::destroy(state, image, journal.host)?.may_fail()]),
+            Some(image) => Ok(vec![volumes::destroy(state, image, journal.host)?.owed()]),
             None => Ok(Vec::new()),
         }
     }
@@ -240,7 +242,7 @@ impl Kind for Discard {
             show_gone(end.shared, end.state, end.change, row, VmPowerState::Halted);
             end.change.set(journal.vm, vm::SUSPEND_VDI, Ref::NULL);
         }
-        forget_image(end, journal.object(IMAGE), 0);
+        forget_image(end, journal.object(IMAGE));
         Ok(Value::Void)
     }
 }

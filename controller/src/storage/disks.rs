@@ -75,6 +75,16 @@ pub(crate) fn hold_all(draft: &mut Draft<'_>, vm_row: &Row) -> Served<()> {
     Ok(())
 }
 
+/// The drives of a VM that goes on as the machine that they make stay as they are until it does: nothing is under way at
+/// them, and what begins from now on sees the VM's operation.
+pub(crate) fn keep_all(draft: &mut Draft<'_>, vm_row: &Row) -> Served<()> {
+    for drive in drives(draft.state, vm_row) {
+        rules::check_at_rest(&drive)?;
+        draft.change.expect_row(&drive);
+    }
+    Ok(())
+}
+
 /// Marks a drive that is to be attached.
 pub(crate) fn hold(draft: &mut Draft<'_>, vm_row: &Row, drive: &Row, operation: VbdOp) -> Served<()> {
     rules::check_vbd(draft.state, drive, operation)?;
@@ -99,14 +109,21 @@ pub(crate) fn use_disk(draft: &mut Draft<'_>, disk: &Row) {
 pub(crate) fn attached(state: &State, change: &mut Transaction, vm_row: &Row) {
     for drive in drives(state, vm_row) {
         let this = drive.typed::<Vbd>();
-        change.set(this, vbd::CURRENTLY_ATTACHED, true).set(this, vbd::DEVICE, device::name(vm_row, &drive));
+        change.expect_row(&drive).set(this, vbd::CURRENTLY_ATTACHED, true).set(
+            this,
+            vbd::DEVICE,
+            device::name(vm_row, &drive),
+        );
     }
 }
 
-/// A VM that is halted uses nothing.
+/// A VM that is halted uses nothing; nor does it what is being plugged just now.
 pub(crate) fn detached(state: &State, change: &mut Transaction, vm_row: &Row) {
-    for drive in drives(state, vm_row).into_iter().filter(|drive| drive.get(vbd::CURRENTLY_ATTACHED)) {
-        change.set(drive.typed::<Vbd>(), vbd::CURRENTLY_ATTACHED, false);
+    for drive in drives(state, vm_row) {
+        change.expect_row(&drive);
+        if drive.get(vbd::CURRENTLY_ATTACHED) {
+            change.set(drive.typed::<Vbd>(), vbd::CURRENTLY_ATTACHED, false);
+        }
     }
 }
 

@@ -228,7 +228,7 @@ pub(crate) fn check_vdi(state: &State, row: &Row, operation: VdiOp) -> Result<()
     // A drive that is being attached or detached is about to change who uses the disk.
     if *may != Use::Anybody {
         for drive in drives(state, row) {
-            busy("VBD", drive, &drive.get(vbd::CURRENT_OPERATIONS), |_: VbdOp| false)?;
+            check_at_rest(drive)?;
         }
     }
     if !can(state, sr_row, feature) {
@@ -273,13 +273,9 @@ pub(crate) fn check_sharing(state: &State, drive: &Row) -> Result<(), ApiError> 
     if in_the_way { Err(errors::vdi_in_use(vdi_ref, "attach")) } else { Ok(()) }
 }
 
-/// Nothing is under way at the drives of a VM whose memory is to be written.
-pub(crate) fn check_drives_at_rest(state: &State, vm_row: &Row) -> Result<(), ApiError> {
-    let drives = vm_row.get(vm::VBDS).into_iter().filter_map(|reference: Ref<Vbd>| state.row(reference));
-    for drive in drives {
-        busy("VBD", drive, &drive.get(vbd::CURRENT_OPERATIONS), |_: VbdOp| false)?;
-    }
-    Ok(())
+/// Whether nothing is under way at a drive.
+pub(crate) fn check_at_rest(drive: &Row) -> Result<(), ApiError> {
+    busy("VBD", drive, &drive.get(vbd::CURRENT_OPERATIONS), |_: VbdOp| false)
 }
 
 /// Operations of a VM during which its drives stay as they are.
@@ -297,7 +293,7 @@ const ENDING: &[VmOperations] = &[
 /// Whether an operation may begin on a drive, whoever else uses its disk; the first obstacle in the documented order.
 fn check_vbd_alone(state: &State, row: &Row, operation: VbdOp) -> Result<(), ApiError> {
     let this = row.typed::<Vbd>();
-    busy("VBD", row, &row.get(vbd::CURRENT_OPERATIONS), |_: VbdOp| false)?;
+    check_at_rest(row)?;
     let Some((_, states, attached, empty)) = DRIVES.iter().find(|(op, ..)| *op == operation) else {
         return Err(errors::sr_operation_not_supported(Ref::<Sr>::NULL));
     };

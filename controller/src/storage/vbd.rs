@@ -49,6 +49,8 @@ async fn act(call: &Call, this: Ref<Vbd>, what: &'static Drive, medium: Ref<Vdi>
 fn begin(draft: &mut Draft<'_>, this: Ref<Vbd>, what: Drive, medium: Ref<Vdi>) -> Served<()> {
     let drive = draft.row(this)?;
     let vm_row = disks::vm_of(draft.state, &drive)?;
+    // Whoever takes the VM's drives as they are, to reboot it, is decided against this.
+    draft.change.expect_row(&vm_row);
     match what {
         Drive::Plug => disks::hold(draft, &vm_row, &drive, VbdOp::Plug)?,
         Drive::Insert => {
@@ -153,7 +155,8 @@ impl Kind for Drive {
         let this: Ref<Vbd> = end.journal.object("vbd");
         let drive = find(end.state, this)?;
         let vm_row = disks::vm_of(end.state, &drive)?;
-        // A domain that has ended meanwhile has nothing plugged any more.
+        // A domain that has ended meanwhile has nothing plugged any more, and one that ends now is seen to.
+        end.change.expect_row(&vm_row);
         let live = vm_row.get(vm::RESIDENT_ON) == end.journal.host
             && matches!(vm_row.get(vm::POWER_STATE), VmPowerState::Running | VmPowerState::Paused);
         match self {

@@ -301,7 +301,7 @@ impl Kind for Destroy {
     fn plan(&self, seen: &Seen<'_>) -> Served<Vec<Planned>> {
         // Also of one that is missing: whoever looked may have been mistaken, and where there is none nothing is done.
         let row = original(seen)?;
-        Ok(vec![volumes::destroy(seen.state, &row, seen.journal.host)?])
+        Ok(vec![volumes::destroy(seen.state, &row, seen.journal.host)?.owed_if_lost()])
     }
 
     fn record(&self, end: &mut Ending<'_>) -> Served<Value> {
@@ -339,7 +339,7 @@ impl Kind for Move {
     fn plan(&self, seen: &Seen<'_>) -> Served<Vec<Planned>> {
         let (row, journal) = (original(seen)?, seen.journal);
         let copy = volumes::copy(seen.state, &row, journal.object("sr"), journal.parameter("uuid"), journal.host)?;
-        Ok(vec![copy, volumes::destroy(seen.state, &row, journal.host)?.may_fail().irrevocable()])
+        Ok(vec![copy, volumes::destroy(seen.state, &row, journal.host)?.irrevocable()])
     }
 
     fn record(&self, end: &mut Ending<'_>) -> Served<Value> {
@@ -359,7 +359,7 @@ impl Kind for Move {
         for snapshot in row.get(vdi::SNAPSHOTS).into_iter().filter(|disk| end.state.row(*disk).is_some()) {
             end.change.set(snapshot, vdi::SNAPSHOT_OF, made);
         }
-        // An image that could not be removed stays to be seen.
+        // Where nobody knows whether the image is gone, the row stays to be seen.
         if journal.was_done(1) {
             let (size, used) = (row.get(vdi::VIRTUAL_SIZE), row.get(vdi::PHYSICAL_UTILISATION));
             volumes::account(end.state, end.change, row.get(vdi::SR), size.saturating_neg(), used.saturating_neg());

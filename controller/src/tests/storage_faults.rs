@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use datamodel::enums::TaskStatusType;
-use datamodel::fields::{operation, sr, task, vdi, vm};
+use datamodel::fields::{operation, sr, task, vbd, vdi, vm};
 use datamodel::{ClassKind, Input, Operation, Ref, Sr, Task, Vbd, Vdi, Vm};
 use proto::agent::refusal::Reason;
 use raft_store::State;
@@ -273,16 +273,44 @@ async fn a_debt_in_a_store_that_is_forgotten_is_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_that_a_move_cannot_remove_stays_to_be_seen() {
+async fn a_disk_whose_old_image_is_in_use_does_not_move_and_one_whose_end_is_in_doubt_is_seen_twice() {
     let pool = Pool::start().await;
     let disk = pool.disk("stays", 1 << 20).await;
-    let into = text(pool.store_of("Shared storage").to_string());
+    let vm = pool.vm("whose").await;
+    let drive = pool.drive(vm, disk, "0", "RW").await;
+    let arguments = || {
+        let into = text(pool.store_of("Shared storage").to_string());
+        vec![text(disk.to_string()), into, Input::Struct(Vec::new())]
+    };
     pool.agent.stores.fail(2, Fault::Refused(Reason::InUse));
-    pool.ask("VDI.pool_migrate", vec![text(disk.to_string()), into, Input::Struct(Vec::new())]).await.unwrap();
+    assert_eq!(pool.refusal("VDI.pool_migrate", arguments()).await, ["VDI_IN_USE", &disk.to_string(), "destroy"]);
     let state = pool.store().read().await.unwrap();
-    assert_eq!(state.count(Vdi::ID), 2);
+    assert_eq!((state.count(Vdi::ID), state.row(drive).unwrap().get(vbd::VDI)), (1, disk));
     assert_at_rest(&state);
     assert_rows_are_images(&pool);
+    pool.agent.stores.fail(2, Fault::Lost);
+    let made: Ref<Vdi> = Ref::from_opaque(reference(&pool.ask("VDI.pool_migrate", arguments()).await.unwrap()));
+    let state = pool.store().read().await.unwrap();
+    assert_eq!((state.count(Vdi::ID), state.row(drive).unwrap().get(vbd::VDI)), (2, made));
+    assert_at_rest(&state);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_whose_end_may_have_begun_ends() {
+    let pool = Pool::start().await;
+    let disk = pool.disk("goes", 1 << 20).await;
+    let destroy = || vec![text(disk.to_string())];
+    pool.agent.stores.fail(1, Fault::Unreachable);
+    assert_eq!(pool.refusal("VDI.destroy", destroy()).await[0], "HOST_OFFLINE", "nothing was done");
+    assert_rows_are_images(&pool);
+    pool.agent.stores.fail(1, Fault::Lost);
+    // What was done was not: an agent that dies before it does it.
+    let image = pool.agent.stores.volume(pool.of(disk).await.uuid());
+    pool.ask("VDI.destroy", destroy()).await.unwrap();
+    assert_eq!(pool.store().state().count(Vdi::ID), 0);
+    pool.agent.stores.appear(image);
+    pool.quiet().await;
+    assert!(pool.agent.stores.volumes().is_empty());
 }
 
 /// Begins a call behind a task, lets go of its operation after so many of its doings, as if the master had died, and

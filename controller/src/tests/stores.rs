@@ -312,9 +312,15 @@ impl Stores {
         self.inner.lock().volumes.keys().cloned().collect()
     }
 
+    /// A volume that is there.
+    pub(crate) fn volume(&self, vdi: &str) -> VolumeState {
+        self.inner.lock().volumes.get(vdi).cloned().unwrap()
+    }
+
     /// An image appears that the pool did not make.
     pub(crate) fn appear(&self, volume: VolumeState) {
-        self.inner.lock().volumes.insert(volume.location.clone(), volume);
+        let key = if volume.vdi.is_empty() { volume.location.clone() } else { volume.vdi.clone() };
+        self.inner.lock().volumes.insert(key, volume);
     }
 
     /// An image is gone.

@@ -232,6 +232,23 @@ async fn a_halted_vm_becomes_what_its_snapshot_is() {
     assert_eq!(pool.refusal("VM.revert", one(this)).await, ["REVERT_ONLY_ALLOWED_ON_SNAPSHOT"]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_of_memory_that_cannot_be_removed_yet_is_no_disk_and_goes_later() {
+    let pool = Pool::start().await;
+    let this = pool.running("wakes").await;
+    for (method, arguments) in [("VM.resume", resume(this, false)), ("VM.hard_shutdown", one(this))] {
+        pool.ask("VM.suspend", one(this)).await.unwrap();
+        pool.agent.stores.fail(1, Fault::Refused(Reason::NoSuchStore));
+        pool.agent.stores.refuse_undoing(Some(Reason::NoSuchStore));
+        pool.ask(method, arguments).await.unwrap();
+        assert!(images(&pool).await.is_empty(), "{method}");
+        assert_eq!((pool.agent.stores.volumes().len(), pool.store().state().count(Operation::ID)), (1, 1), "{method}");
+        pool.agent.stores.refuse_undoing(None);
+        pool.quiet().await;
+        assert!(pool.agent.stores.volumes().is_empty(), "{method}");
+    }
+}
+
 /// What is under way in the store of images, while a call is.
 async fn under_way(pool: &Pool, method: &str, arguments: Vec<Input>) -> Vec<String> {
     pool.agent.stores.hold_after(0);
