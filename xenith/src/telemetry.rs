@@ -30,7 +30,9 @@ pub enum LogFormat {
     Json,
 }
 
-const DEFAULT_FILTER: &str = "info,openraft=warn";
+/// What openraft says of each exchange that fails comes twenty times a second as long as a host is away; that it is away
+/// is said once, by the controller.
+const DEFAULT_FILTER: &str = "info,openraft=warn,openraft::core::heartbeat=error,openraft::replication=error";
 /// How long a daemon that ends waits for its last spans to leave.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 

@@ -112,10 +112,26 @@ pub(crate) fn choose(candidates: &[Candidate], policy: &Policy) -> BTreeSet<u64>
 /// Keeps the Raft group as the rows and the policy say, as long as this node leads.
 pub(crate) async fn keep(shared: &Arc<Shared>) {
     let office = tokio::time::Instant::now();
+    let mut silent = BTreeSet::new();
     loop {
         step(shared, office.elapsed()).await;
+        tell(&shared.store.progress(), office.elapsed(), &mut silent);
         tokio::time::sleep(LOOK_AGAIN).await;
     }
+}
+
+/// Logs which members fall silent, and which are heard again.
+fn tell(progress: &BTreeMap<u64, Progress>, term: Duration, silent: &mut BTreeSet<u64>) {
+    for (node, seen) in progress {
+        // A new leader has heard nobody yet.
+        let heard = seen.silent.unwrap_or(term) < HEARD;
+        if heard && silent.remove(node) {
+            tracing::info!(node, "a member is heard again");
+        } else if !heard && silent.insert(*node) {
+            tracing::warn!(node, "a member is silent");
+        }
+    }
+    silent.retain(|node| progress.contains_key(node));
 }
 
 /// One step towards what should be; the next look sees what came of it.
