@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use datamodel::fields::{pbd, sr, vdi};
+use datamodel::fields::{pbd, sr};
 use datamodel::{Pbd, Ref, Sr, Vdi};
 use raft_store::{LogIndex, Row, State, Transaction};
 use tokio::time::Instant;
@@ -65,13 +65,19 @@ async fn plug_what_booted(shared: &Arc<Shared>, state: &State, tried: &mut HashM
     tried.retain(|this, _| state.row(*this).is_some_and(|row| !row.get(pbd::CURRENTLY_ATTACHED)));
 }
 
-/// Stores whose disks changed since they were looked into, and those that somebody else may write to.
+/// When a store's disks, or its connections, changed last.
+fn changed(state: &State, row: &Row) -> LogIndex {
+    let disks = row.get(sr::VDIS).into_iter().filter_map(|disk: Ref<Vdi>| state.row(disk));
+    let connections = row.get(sr::PBDS).into_iter().filter_map(|pbd: Ref<Pbd>| state.row(pbd));
+    disks.chain(connections).map(|row| row.modified).max().unwrap_or_default()
+}
+
+/// Stores whose disks or connections changed since they were looked into, and those that somebody else may write to.
 async fn scan_what_changed(shared: &Arc<Shared>, state: &State, looked: &mut HashMap<Ref<Sr>, (Instant, LogIndex)>) {
     let mut due = Vec::new();
     for row in state.all::<Sr>().filter(|row| connected(state, row)) {
         let this = row.typed::<Sr>();
-        let disks = row.get(sr::VDIS).into_iter().filter_map(|disk: Ref<Vdi>| state.row(disk));
-        let changed = disks.map(|disk| disk.modified).max().unwrap_or_default();
+        let changed = changed(state, row);
         let asked = row.get(sr::OTHER_CONFIG).get("auto-scan").is_some_and(|value| value == "true");
         match looked.get(&this) {
             // A master that has just come looks when something happens.
@@ -91,9 +97,9 @@ async fn scan_what_changed(shared: &Arc<Shared>, state: &State, looked: &mut Has
             tracing::warn!(sr = %this, %error, "a store is not looked into");
         }
         let state = shared.store.state();
-        let disks = state.all::<Vdi>().filter(|disk| disk.get(vdi::SR) == this);
-        let changed = disks.map(|disk| disk.modified).max().unwrap_or_default();
-        looked.insert(this, (Instant::now(), changed));
+        if let Some(row) = state.row(this) {
+            looked.insert(this, (Instant::now(), changed(&state, row)));
+        }
     }
     looked.retain(|this, _| state.row(*this).is_some());
 }

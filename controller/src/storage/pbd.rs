@@ -79,8 +79,10 @@ impl Kind for Plug {
         let row = find(end.state, this)?;
         let sr_row = find(end.state, row.get(pbd::SR))?;
         end.change.set(this, pbd::CURRENTLY_ATTACHED, true).take(this, pbd::OTHER_CONFIG, PLUG_AT_BOOT.to_owned());
+        // What is there is told only where nothing was done to it meanwhile; else a scan tells it soon.
+        let quiet = sr_row.modified == end.journal.decided && sr_row.get(sr::CURRENT_OPERATIONS).len() == 1;
         match end.journal.outcomes.get(1) {
-            Some(Performed::Store(found)) => scan::show(end, &sr_row, found),
+            Some(Performed::Store(found)) if quiet => scan::show(end, &sr_row, found),
             _ => scan::show_figures(end.change, &sr_row, end.journal.store(0)?),
         }
         Ok(Value::Void)

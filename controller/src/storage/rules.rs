@@ -49,36 +49,36 @@ pub(crate) enum Connected {
     Any,
 }
 
-/// Operations on a store that go together: all of one group.
+/// Whether an operation on a store goes with others. What makes or removes one image, and a host that is connected, do:
+/// a host that has booted does not wait until a copy is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Group {
+pub(crate) enum Company {
     Alone,
-    Connections,
-    Disks,
+    Together,
 }
 
-/// For each operation on a store: what its driver must be able to do, who must be connected, and what it goes with.
-pub(crate) const STORES: &[(SrOp, &str, Connected, Group)] = &[
-    (SrOp::Scan, "", Connected::Some, Group::Alone),
-    (SrOp::Update, "SR_UPDATE", Connected::Some, Group::Alone),
-    (SrOp::Destroy, "", Connected::NoneOfThem, Group::Alone),
-    (SrOp::Forget, "", Connected::NoneOfThem, Group::Alone),
-    (SrOp::Plug, "", Connected::Any, Group::Connections),
-    (SrOp::Unplug, "", Connected::Any, Group::Alone),
-    (SrOp::PbdCreate, "", Connected::Any, Group::Alone),
-    (SrOp::PbdDestroy, "", Connected::Any, Group::Alone),
-    (SrOp::VdiCreate, "VDI_CREATE", Connected::Some, Group::Disks),
-    (SrOp::VdiIntroduce, "VDI_INTRODUCE", Connected::Some, Group::Disks),
-    (SrOp::VdiDestroy, "VDI_DELETE", Connected::Some, Group::Disks),
-    (SrOp::VdiResize, "VDI_RESIZE", Connected::Some, Group::Disks),
-    (SrOp::VdiClone, "VDI_CLONE", Connected::Some, Group::Disks),
-    (SrOp::VdiSnapshot, "VDI_SNAPSHOT", Connected::Some, Group::Disks),
-    (SrOp::VdiMirror, "VDI_MIRROR", Connected::Some, Group::Disks),
-    (SrOp::VdiEnableCbt, "VDI_CONFIG_CBT", Connected::Some, Group::Disks),
-    (SrOp::VdiDisableCbt, "VDI_CONFIG_CBT", Connected::Some, Group::Disks),
-    (SrOp::VdiDataDestroy, "VDI_CONFIG_CBT", Connected::Some, Group::Disks),
-    (SrOp::VdiListChangedBlocks, "VDI_CONFIG_CBT", Connected::Some, Group::Disks),
-    (SrOp::VdiSetOnBoot, "VDI_RESET_ON_BOOT", Connected::Some, Group::Disks),
+/// For each operation on a store: what its driver must be able to do, who must be connected, and whether it goes with others.
+pub(crate) const STORES: &[(SrOp, &str, Connected, Company)] = &[
+    (SrOp::Scan, "", Connected::Some, Company::Alone),
+    (SrOp::Update, "SR_UPDATE", Connected::Some, Company::Alone),
+    (SrOp::Destroy, "", Connected::NoneOfThem, Company::Alone),
+    (SrOp::Forget, "", Connected::NoneOfThem, Company::Alone),
+    (SrOp::Plug, "", Connected::Any, Company::Together),
+    (SrOp::Unplug, "", Connected::Any, Company::Alone),
+    (SrOp::PbdCreate, "", Connected::Any, Company::Alone),
+    (SrOp::PbdDestroy, "", Connected::Any, Company::Alone),
+    (SrOp::VdiCreate, "VDI_CREATE", Connected::Some, Company::Together),
+    (SrOp::VdiIntroduce, "VDI_INTRODUCE", Connected::Some, Company::Together),
+    (SrOp::VdiDestroy, "VDI_DELETE", Connected::Some, Company::Together),
+    (SrOp::VdiResize, "VDI_RESIZE", Connected::Some, Company::Together),
+    (SrOp::VdiClone, "VDI_CLONE", Connected::Some, Company::Together),
+    (SrOp::VdiSnapshot, "VDI_SNAPSHOT", Connected::Some, Company::Together),
+    (SrOp::VdiMirror, "VDI_MIRROR", Connected::Some, Company::Together),
+    (SrOp::VdiEnableCbt, "VDI_CONFIG_CBT", Connected::Some, Company::Together),
+    (SrOp::VdiDisableCbt, "VDI_CONFIG_CBT", Connected::Some, Company::Together),
+    (SrOp::VdiDataDestroy, "VDI_CONFIG_CBT", Connected::Some, Company::Together),
+    (SrOp::VdiListChangedBlocks, "VDI_CONFIG_CBT", Connected::Some, Company::Together),
+    (SrOp::VdiSetOnBoot, "VDI_RESET_ON_BOOT", Connected::Some, Company::Together),
 ];
 
 const HALTED: u8 = 1;
@@ -135,13 +135,11 @@ fn connections<'a>(state: &'a State, sr_row: &Row) -> impl Iterator<Item = &'a s
 /// Whether an operation may begin on a store; the first obstacle in the documented order.
 pub(crate) fn check_sr(state: &State, row: &Row, operation: SrOp) -> Result<(), ApiError> {
     let this = row.typed::<Sr>();
-    let Some((_, feature, connected, group)) = STORES.iter().find(|(op, ..)| *op == operation) else {
+    let Some((_, feature, connected, company)) = STORES.iter().find(|(op, ..)| *op == operation) else {
         return Err(errors::sr_operation_not_supported(this));
     };
-    let group_of = |op| STORES.iter().find(|(other, ..)| *other == op).map(|(.., group)| *group);
-    busy("SR", row, &row.get(sr::CURRENT_OPERATIONS), |under_way| {
-        *group != Group::Alone && group_of(under_way) == Some(*group)
-    })?;
+    let goes = |op| STORES.iter().any(|(other, .., company)| *other == op && *company == Company::Together);
+    busy("SR", row, &row.get(sr::CURRENT_OPERATIONS), |under_way| *company == Company::Together && goes(under_way))?;
     if !can(state, row, feature) {
         return Err(errors::sr_operation_not_supported(this));
     }

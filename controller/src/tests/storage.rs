@@ -280,6 +280,24 @@ async fn a_host_that_boots_has_its_stores_plugged_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_boots_does_not_wait_for_a_copy_and_takes_no_half_made_image_for_a_disk() {
+    use datamodel::enums::StorageOperations;
+    let pool = Pool::start().await;
+    let stores: Vec<Ref<Sr>> = pool.store().state().all::<Sr>().map(|row| row.typed()).collect();
+    let copies = |change: &mut raft_store::Transaction| {
+        for store in &stores {
+            change.put(*store, sr::CURRENT_OPERATIONS, "OpaqueRef:NULL".to_owned(), StorageOperations::VdiCreate);
+        }
+    };
+    pool.commit(copies).await;
+    pool.agent.stores.appear(VolumeState { location: "half made".into(), ..VolumeState::default() });
+    pool.agent.stores.boot();
+    pool.until(|state| state.all::<Pbd>().any(|row| !row.get(pbd::CURRENTLY_ATTACHED))).await;
+    pool.until(|state| state.all::<Pbd>().all(|row| row.get(pbd::CURRENTLY_ATTACHED))).await;
+    assert_eq!(pool.store().state().count(Vdi::ID), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_cannot_be_plugged_after_a_boot_is_shown_so() {
     let pool = Pool::start().await;
     pool.agent.stores.fail(1, Fault::Refused(Reason::NoSuchStore));

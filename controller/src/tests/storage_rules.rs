@@ -9,7 +9,7 @@ use raft_store::NewRow;
 use uuid::Uuid;
 
 use super::Pool;
-use crate::storage::rules::{self, Connected, Group, Use};
+use crate::storage::rules::{self, Company, Connected, Use};
 
 const POWERS: [(VmPowerState, u8); 4] =
     [(VmPowerState::Halted, 1), (VmPowerState::Paused, 2), (VmPowerState::Suspended, 4), (VmPowerState::Running, 8)];
@@ -138,11 +138,12 @@ async fn every_operation_on_a_store_is_possible_for_exactly_the_connections_and_
             .await;
             let state = pool.store().read().await.unwrap();
             let row = state.row(store).unwrap();
-            let group_of = |op| rules::STORES.iter().find(|row| row.0 == op).map(|row| row.3);
+            let company_of = |op| rules::STORES.iter().find(|row| row.0 == op).map(|row| row.3);
             for operation in StorageOperations::ALL {
                 let rule = rules::STORES.iter().find(|row| row.0 == *operation);
-                let expected = rule.is_some_and(|(_, _, connected, group)| {
-                    let alone = under_way.is_none_or(|op| *group != Group::Alone && group_of(op) == Some(*group));
+                let expected = rule.is_some_and(|(_, _, connected, company)| {
+                    let together = |company| company == Company::Together;
+                    let alone = under_way.is_none_or(|op| together(*company) && company_of(op).is_some_and(together));
                     let reached = match connected {
                         Connected::Some => attached,
                         Connected::NoneOfThem => !attached,
