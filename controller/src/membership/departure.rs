@@ -14,7 +14,7 @@ use super::{is_live, persist};
 use crate::call::Call;
 use crate::controller::Shared;
 use crate::failure::{Served, refuse};
-use crate::operations::{refresh, show};
+use crate::operations::{forget_domains_at, refresh, show};
 
 /// Whether what is done to a host takes its storage with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,7 @@ pub(crate) async fn declare_dead(cx: &Call, this: Ref<Host>) -> Served<()> {
         let row = crate::call::find(state, this)?;
         expect_dead(state, &row)?;
         change.expect_row(&row).set(this, host::ENABLED, false);
+        forget_domains_at(state, change, this);
         for guest in guests(state, this) {
             reset(&cx.shared, state, change, guest);
         }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use datamodel::fields::operation;
-use datamodel::{ClassKind, Operation};
+use datamodel::{ClassKind, Host, Operation, Ref};
 use proto::agent::step::Action;
-use raft_store::{Row, State};
+use raft_store::{Row, State, Transaction};
 use tokio::task::JoinSet;
 
 use super::engine;
@@ -15,6 +15,7 @@ use super::journal::Journal;
 use super::step::Undo;
 use crate::controller::Shared;
 use crate::failure::{Failure, Served};
+use crate::membership::is_live;
 use crate::{repeats, tasks};
 
 /// What nobody has in hand is looked for this often.
@@ -88,9 +89,49 @@ async fn pay(shared: &Arc<Shared>, mut journal: Journal) -> Served<()> {
         shared.store.commit(change).await?;
     }
     if !journal.undo.is_empty() {
-        tokio::time::sleep(UNDO_AGAIN).await;
+        // Until it is time, or one of the hosts is there again.
+        let live = |state: &State| {
+            let hosts = journal.undo.values().filter_map(|undo| state.row(undo.host));
+            hosts.filter(|host_row| is_live(state, host_row)).count()
+        };
+        let before = live(&shared.store.state());
+        let again = tokio::time::Instant::now() + UNDO_AGAIN;
+        while tokio::time::Instant::now() < again && live(&shared.store.state()) <= before {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
     Ok(())
+}
+
+/// Operations that are over and of which something is still to be undone.
+fn debts(state: &State) -> impl Iterator<Item = Journal> + '_ {
+    // Those that are under way have a task or a VM; they are many, and this is asked by every start.
+    let over = |row: &&Arc<Row>| row.get(operation::TASK).is_null() && row.get(operation::VM).is_null();
+    state.all::<Operation>().filter(over).map(|row| Journal::read(row)).filter(Journal::only_owes)
+}
+
+/// The host where a VM may have a domain that the pool does not show: its start was not heard to be done, nor its end
+/// since. It is nowhere else until that is known, or somebody says that the host is dead.
+pub(crate) fn may_run_at(state: &State, vm_row: &Row) -> Option<Ref<Host>> {
+    let of = |undo: &Undo| undo.ends_domain() && undo.subject == vm_row.uuid() && state.row(undo.host).is_some();
+    debts(state).find_map(|journal| journal.undo.values().find(|undo| of(undo)).map(|undo| undo.host))
+}
+
+/// A host is dead, and so are the domains that may have been there.
+pub(crate) fn forget_domains_at(state: &State, change: &mut Transaction, host_ref: Ref<Host>) {
+    for journal in debts(state) {
+        let mut left = journal.undo.clone();
+        left.retain(|_, undo| !(undo.ends_domain() && undo.host == host_ref));
+        if left.len() == journal.undo.len() {
+            continue;
+        }
+        if left.is_empty() {
+            change.delete(journal.reference);
+        } else {
+            change.expect_exists(Operation::ID, journal.reference.opaque());
+            journal.owe(change, &left);
+        }
+    }
 }
 
 /// Uuids of volumes that are still to be undone: they are nobody's disks.

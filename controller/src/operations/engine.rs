@@ -110,7 +110,10 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
                 return refuse(kind.refused(&Seen { state: &state, journal }, step, &refusal));
             }
             Err(StepError::NotReached(error)) => {
-                journal.undo.remove(&number);
+                // A master before this one may have reached it.
+                if !journal.adopted || step.undone_if_known {
+                    journal.undo.remove(&number);
+                }
                 return refuse(error);
             }
             Err(StepError::Lost(error)) => {

@@ -39,7 +39,7 @@ use futures::future::BoxFuture;
 use proto::agent::Refusal;
 use raft_store::{State, Transaction};
 
-pub(crate) use self::adopt::{adopt, owed_volumes};
+pub(crate) use self::adopt::{adopt, forget_domains_at, may_run_at, owed_volumes};
 pub(crate) use self::allowed::refresh;
 pub(crate) use self::begin::{Draft, run};
 pub(crate) use self::checkpoint::checkpoint;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use datamodel::enums::{VmOperations, VmPowerState};
 use datamodel::fields::vm;
-use datamodel::{ApiError, ClassKind, Host, Ref, Value, Vm};
+use datamodel::{ApiError, ClassKind, Host, Ref, Task, Value, Vm, errors};
 use proto::agent::step::Action;
 use proto::agent::{
     DestroyDomain, DomainSpec, DomainState, PauseDomain, PowerState, RebootDomain, ShutdownDomain, StartDomain,
@@ -13,9 +13,10 @@ use proto::agent::{
 use raft_store::{LogIndex, Row, State};
 
 use super::suspend::discard;
-use super::{CLEAN_LIMIT, Draft, Ending, Kind, Planned, Seen, run, show};
+use super::{CLEAN_LIMIT, Draft, Ending, Kind, Planned, Seen, may_run_at, run, show};
 use crate::call::{Call, find};
-use crate::failure::{Failure, Served};
+use crate::failure::{Failure, Served, refuse};
+use crate::membership::is_live;
 use crate::storage::disks;
 use crate::{interfaces, lifecycle, placement};
 
@@ -120,6 +121,7 @@ fn begin(draft: &mut Draft<'_>, this: Ref<Vm>, what: VmOperations, power: Power,
 /// Chooses the host for a VM, and takes its memory and its disks for it.
 pub(super) fn reserve(draft: &mut Draft<'_>, row: &Row, on: Option<Ref<Host>>) -> Served<Ref<Host>> {
     let this = row.typed::<Vm>();
+    expect_nowhere(draft.state, row)?;
     let host_ref = place(draft.call, draft.state, row, on)?;
     // The host's other starts are decided against this one: two that together do not fit cannot both commit.
     let host_row = draft.row(host_ref)?;
@@ -133,6 +135,17 @@ pub(super) fn reserve(draft: &mut Draft<'_>, row: &Row, on: Option<Ref<Host>>) -
         .set(this, vm::MEMORY_OVERHEAD, placement::overhead(row));
     disks::hold_all(draft, row)?;
     Ok(host_ref)
+}
+
+/// A VM that may run where the pool does not see it starts nowhere.
+fn expect_nowhere(state: &State, row: &Row) -> Served<()> {
+    let Some(host_ref) = may_run_at(state, row) else { return Ok(()) };
+    if !state.row(host_ref).is_some_and(|host_row| is_live(state, host_row)) {
+        return refuse(errors::host_offline(host_ref));
+    }
+    // The host is being asked to end it just now.
+    let (this, word) = (row.typed::<Vm>(), VmOperations::HardShutdown.as_str());
+    refuse(errors::other_operation_in_progress("VM", this, word, Ref::<Task>::NULL.to_string()))
 }
 
 /// The host that starts a VM.
@@ -180,7 +193,9 @@ impl Kind for Power {
             Self::CleanReboot => Action::Reboot(RebootDomain { clean: true, timeout_ms, spec: spec()? }),
             Self::HardReboot => Action::Reboot(RebootDomain { clean: false, timeout_ms: 0, spec: spec()? }),
         };
-        Ok(vec![Planned::new(journal.host, row.uuid(), action)])
+        let step = Planned::new(journal.host, row.uuid(), action);
+        // Whose start may have been done is ended before it is started elsewhere.
+        Ok(vec![if self.starts() { step.undone_by(Action::Destroy(DestroyDomain {})) } else { step }])
     }
 
     fn record(&self, end: &mut Ending<'_>) -> Served<Value> {

@@ -154,7 +154,12 @@ impl Undo {
     /// before the host has plugged it.
     pub(super) fn is_worth_another_try(&self, reason: Reason) -> bool {
         let never = matches!(reason, Reason::NoSuchVolume | Reason::WrongPool | Reason::Unsupported);
-        matches!(self.action, Action::DestroyVolume(_)) && !never
+        matches!(self.action, Action::DestroyVolume(_) | Action::Destroy(_)) && !never
+    }
+
+    /// Whether it is the end of a domain whose start may have been done.
+    pub(super) const fn ends_domain(&self) -> bool {
+        matches!(self.action, Action::Destroy(_))
     }
 
     /// Whether it can still be done: by a host of the pool, in a store that the host is to be connected to.

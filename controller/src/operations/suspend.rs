@@ -6,7 +6,7 @@ use datamodel::enums::{StorageOperations as SrOp, VdiType, VmOperations, VmPower
 use datamodel::fields::{vdi, vm};
 use datamodel::{ApiError, Host, Ref, Sr, Value, Vdi, Vm, errors};
 use proto::agent::step::Action;
-use proto::agent::{ResumeDomain, SuspendDomain, VolumeRef};
+use proto::agent::{DestroyDomain, ResumeDomain, SuspendDomain, VolumeRef};
 use raft_store::Row;
 
 use super::power::{reserve, spec};
@@ -168,7 +168,7 @@ impl Kind for Resume {
             from: Some(reach::volume(state, &image, journal.host)?),
             paused: journal.parameter(PAUSED) == "true",
         });
-        let resume = Planned::new(journal.host, row.uuid(), action);
+        let resume = Planned::new(journal.host, row.uuid(), action).undone_by(Action::Destroy(DestroyDomain {}));
         Ok(vec![resume, volumes::destroy(state, &image, journal.host)?.owed()])
     }
 

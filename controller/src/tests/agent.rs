@@ -1,6 +1,7 @@
 //! An agent whose steps can be held up, and which does what it is asked.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -30,6 +31,7 @@ pub(crate) struct Obedient {
     pub(crate) stores: Stores,
     steps: Mutex<Vec<Step>>,
     refusals: Mutex<VecDeque<Refusal>>,
+    loses: AtomicBool,
 }
 
 impl Obedient {
@@ -42,6 +44,7 @@ impl Obedient {
             stores: Stores::default(),
             steps: Mutex::default(),
             refusals: Mutex::default(),
+            loses: AtomicBool::new(false),
         }
     }
 
@@ -59,6 +62,11 @@ impl Obedient {
     pub(crate) fn refuse(&self, reason: Reason) {
         let refusal = Refusal { reason: reason.into(), detail: "as the test wants it".into(), ..Refusal::default() };
         self.refusals.lock().push_back(refusal);
+    }
+
+    /// Whether what comes of steps about domains is heard from now on.
+    pub(crate) fn lose(&self, loses: bool) {
+        self.loses.store(loses, Ordering::SeqCst);
     }
 
     /// Every step that was asked for, in order.
@@ -103,6 +111,9 @@ impl Agent for Obedient {
         let mut open = self.open.subscribe();
         open.wait_for(|open| *open).await.map_err(|error| AgentError::Unknown(error.to_string()))?;
         self.steps.lock().push(step.clone());
+        if self.loses.load(Ordering::SeqCst) {
+            return Err(AgentError::Unknown("lost".into()));
+        }
         if let Some(refusal) = self.refusals.lock().pop_front() {
             return Err(AgentError::Refused(refusal));
         }

@@ -3,6 +3,7 @@
 use datamodel::enums::{TaskAllowedOperations, TaskStatusType, VmOperations, VmPowerState};
 use datamodel::fields::{task, vm};
 use datamodel::{ClassKind, Input, Operation, Ref, Task, Vm};
+use proto::agent::step::Action;
 use proto::agent::{DomainState, PowerState};
 
 use super::{Pool, caller, reference, text};
@@ -40,6 +41,31 @@ async fn an_operation_ends_well_though_its_caller_hangs_up() {
     settled(&pool, this).await;
     let tasks = pool.store().state().count(Task::ID);
     assert_eq!(tasks, 0, "the operation's own task goes with it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_whose_start_may_have_been_done_is_started_nowhere_until_its_domain_has_ended() {
+    let pool = Pool::start().await;
+    let this = pool.vm("somewhere").await;
+    let sleeper = pool.running("sleeper").await;
+    let one = |this: Ref<Vm>| vec![text(this.to_string())];
+    pool.ask("VM.suspend", one(sleeper)).await.unwrap();
+    for (vm, method, arguments) in
+        [(this, "VM.start", start_arguments(this)), (sleeper, "VM.resume", start_arguments(sleeper))]
+    {
+        let before = pool.get(vm).await.get(vm::POWER_STATE);
+        pool.agent.lose(true);
+        assert_eq!(pool.refusal(method, arguments.clone()).await[0], "HOST_OFFLINE");
+        assert_eq!(pool.get(vm).await.get(vm::POWER_STATE), before);
+        assert_eq!(pool.store().state().count(Operation::ID), 1, "its end is owed");
+        let refused = pool.refusal(method, arguments.clone()).await;
+        assert_eq!(refused[..4], ["OTHER_OPERATION_IN_PROGRESS", "VM", &vm.to_string(), "hard_shutdown"]);
+        pool.agent.lose(false);
+        pool.until(|state| state.count(Operation::ID) == 0).await;
+        let last = pool.agent.steps().pop().unwrap();
+        assert!(matches!(last.action, Some(Action::Destroy(_))), "{last:?}");
+        pool.ask(method, arguments).await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
