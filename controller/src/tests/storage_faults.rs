@@ -162,6 +162,47 @@ async fn an_operation_whose_master_dies_at_any_point_is_finished_by_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_operation_whose_master_dies_with_its_host_leaves_nothing_there() {
+    let pool = Pool::start().await;
+    let dies = &pool.controller.shared.dies_after;
+    for doing in DOINGS {
+        for point in 1.. {
+            let this = doing.subject(&pool, &format!("{doing:?} with its host {point}")).await;
+            let before = seen(&pool.store().state());
+            let (method, arguments) = doing.call(this);
+            dies.store(point, Ordering::SeqCst);
+            let task = pool.ask(&format!("Async.{method}"), arguments).await.unwrap();
+            let task_ref: Ref<Task> = Ref::from_opaque(reference(&task));
+            let over =
+                |state: &State| state.row(task_ref).is_none_or(|row| row.get(task::STATUS) != TaskStatusType::Pending);
+            while dies.load(Ordering::SeqCst) > 0 && !over(&pool.store().state()) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            // Whoever adopts it now may find the host, or may not; what was done there was done.
+            pool.agent.stores.cut(true);
+            pool.until(over).await;
+            let row = pool.of(task_ref).await;
+            pool.agent.stores.cut(false);
+            pool.quiet().await;
+            let died = dies.swap(0, Ordering::SeqCst) == 0;
+            let state = pool.store().read().await.unwrap();
+            let now = seen(&state);
+            if row.get(task::STATUS) == TaskStatusType::Success {
+                assert_eq!(now.1, before.1 + 2, "{doing:?} at {point}");
+            } else {
+                assert_eq!(row.get(task::ERROR_INFO)[0], "HOST_OFFLINE", "{doing:?} at {point}");
+                assert_eq!(now, before, "{doing:?} at {point}");
+            }
+            assert_at_rest(&state);
+            assert_rows_are_images(&pool);
+            if !died {
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_operation_whose_master_dies_while_it_is_undone_is_undone_by_the_next() {
     let pool = Pool::start().await;
     for point in 1.. {
