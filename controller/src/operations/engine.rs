@@ -96,12 +96,7 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
                 tracing::info!(operation = journal.uuid, number, ?failed, "a step failed that may");
                 Performed::Nothing
             }
-            // Nobody knows whether it was done, here or by a master before this one.
             Err(StepError::Lost(error)) if step.irrevocable => {
-                tracing::warn!(operation = journal.uuid, number, %error, "a step without return may have been done");
-                Performed::Nothing
-            }
-            Err(StepError::NotReached(error)) if step.irrevocable && journal.adopted => {
                 tracing::warn!(operation = journal.uuid, number, %error, "a step without return may have been done");
                 Performed::Nothing
             }
@@ -110,10 +105,7 @@ async fn forward(shared: &Arc<Shared>, kind: &'static dyn Kind, journal: &mut Jo
                 return refuse(kind.refused(&Seen { state: &state, journal }, step, &refusal));
             }
             Err(StepError::NotReached(error)) => {
-                // A master before this one may have reached it.
-                if !journal.adopted || step.undone_if_known {
-                    journal.undo.remove(&number);
-                }
+                journal.undo.remove(&number);
                 return refuse(error);
             }
             Err(StepError::Lost(error)) => {

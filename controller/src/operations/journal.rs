@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | `held` | the objects that carry the operation in `current_operations` |
 //! | `did/N` | what step N came to; steps that have none were not done, or nobody knows |
-//! | `undo/N` | how step N is undone, written before it is done |
+//! | `undo/N` | how step N is undone, written before it is done; what is still owed of it, once the operation is over |
 //! | `failed` | the error for which the steps are being undone |
 //! | `task`, `answer` | what ends with it |
 

@@ -9,8 +9,8 @@
 //!
 //! A master that finds operations of an earlier one goes on where the row says, with the step that may or may not have
 //! been done: that either finishes them or learns what became of them. One whose step fails is turned round, which the
-//! row says too, and what it has done is undone, the last first. What cannot be undone because its host is away stays
-//! in the journal without holding anything, and is tried again.
+//! row says too, and what it has done is undone, the last first. What cannot be undone for now, or need not be done before it
+//! ends, stays in the journal as its debt, without holding anything, and is tried again (`debts`).
 //!
 //! A kind of operation is a type that says its word, its steps and what they mean ([`Kind`]), and a line in [`KINDS`].
 
@@ -18,6 +18,7 @@ mod adopt;
 mod allowed;
 mod begin;
 mod checkpoint;
+mod debts;
 mod duplicate;
 mod engine;
 mod guest;
@@ -39,10 +40,11 @@ use futures::future::BoxFuture;
 use proto::agent::Refusal;
 use raft_store::{State, Transaction};
 
-pub(crate) use self::adopt::{adopt, forget_domains_at, may_run_at, owed_volumes};
+pub(crate) use self::adopt::adopt;
 pub(crate) use self::allowed::refresh;
 pub(crate) use self::begin::{Draft, run};
 pub(crate) use self::checkpoint::checkpoint;
+pub(crate) use self::debts::{forget_domains_at, may_run_at, owed_volumes};
 pub(crate) use self::duplicate::{Asked, Duplicate, duplicate};
 pub(crate) use self::engine::is_cancelled;
 pub(crate) use self::journal::Journal;

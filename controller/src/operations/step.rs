@@ -139,7 +139,7 @@ fn limit(action: &Action) -> Duration {
     }
 }
 
-/// What undoes a step.
+/// What undoes a step, or what is owed of one that could not be done.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Undo {
     pub(crate) host: Ref<Host>,
@@ -199,7 +199,7 @@ impl Undo {
 pub(super) enum StepError {
     /// The agent said no: nothing was done.
     Refused(Box<Refusal>),
-    /// It was not reached: nothing was done.
+    /// It was not reached, by any master: nothing was done.
     NotReached(ApiError),
     /// Its answer was lost: it may have been done.
     Lost(ApiError),
@@ -218,7 +218,13 @@ impl From<Failure> for StepError {
 
 /// Does a step of an operation.
 pub(super) async fn perform(shared: &Arc<Shared>, journal: &Journal, step: &Planned) -> Result<Performed, StepError> {
-    ask(shared, &journal.uuid, journal.position(), step.host, &step.subject, &step.action, step.limit).await
+    let asked =
+        ask(shared, &journal.uuid, journal.position(), step.host, &step.subject, &step.action, step.limit).await;
+    asked.map_err(|failed| match failed {
+        // A master before this one may have reached the agent.
+        StepError::NotReached(error) if journal.adopted => StepError::Lost(error),
+        failed => failed,
+    })
 }
 
 /// Undoes one.

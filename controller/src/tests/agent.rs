@@ -60,7 +60,12 @@ impl Obedient {
 
     /// The next step is refused for this.
     pub(crate) fn refuse(&self, reason: Reason) {
-        let refusal = Refusal { reason: reason.into(), detail: "as the test wants it".into(), ..Refusal::default() };
+        self.refuse_saying(reason, "as the test wants it");
+    }
+
+    /// The same, in these words.
+    pub(crate) fn refuse_saying(&self, reason: Reason, detail: &str) {
+        let refusal = Refusal { reason: reason.into(), detail: detail.into(), ..Refusal::default() };
         self.refusals.lock().push_back(refusal);
     }
 

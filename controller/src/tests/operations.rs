@@ -3,6 +3,7 @@
 use datamodel::enums::{TaskAllowedOperations, TaskStatusType, VmOperations, VmPowerState};
 use datamodel::fields::{task, vm};
 use datamodel::{ClassKind, Input, Operation, Ref, Task, Vm};
+use proto::agent::refusal::Reason;
 use proto::agent::step::Action;
 use proto::agent::{DomainState, PowerState};
 
@@ -41,6 +42,18 @@ async fn an_operation_ends_well_though_its_caller_hangs_up() {
     settled(&pool, this).await;
     let tasks = pool.store().state().count(Task::ID);
     assert_eq!(tasks, 0, "the operation's own task goes with it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_that_a_reset_was_faster_than_says_that_the_vm_runs() {
+    let pool = Pool::start().await;
+    let this = pool.running("reset").await;
+    pool.agent.refuse_saying(Reason::BadState, "running");
+    let refused = pool.refusal("VM.clean_shutdown", vec![text(this.to_string())]).await;
+    assert_eq!(refused, ["VM_BAD_POWER_STATE", &this.to_string(), "halted", "running"]);
+    pool.agent.refuse_saying(Reason::BadState, "halted");
+    let refused = pool.refusal("VM.pause", vec![text(this.to_string())]).await;
+    assert_eq!(refused, ["VM_BAD_POWER_STATE", &this.to_string(), "running", "halted"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -198,36 +198,41 @@ async fn a_disk_is_plugged_into_a_running_vm_and_out_of_it_and_a_medium_changes(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_vm_reboots_with_the_disks_that_it_has_then() {
+async fn a_vm_reboots_and_is_suspended_with_the_disks_that_it_has_then() {
     use proto::agent::step::Action;
     let pool = Pool::start().await;
     let this = pool.vm("reboots").await;
     let disk = pool.disk("going", 1 << 20).await;
     let drive = pool.drive(this, disk, "0", "RW").await;
     pool.turn_on(this).await.unwrap();
-    pool.agent.stores.hold_after(0);
-    let unplug = pool.ask("VBD.unplug", one(drive));
-    let reboot = async {
-        pool.agent.stores.held().await;
-        pool.ask("VM.clean_reboot", one(this)).await
-    };
-    let release = async {
-        pool.agent.stores.held().await;
-        // It waits: whoever begins has told the host before long.
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-        assert!(pool.of(this).await.get(vm::CURRENT_OPERATIONS).is_empty());
-        pool.agent.stores.release();
-    };
-    let (unplugged, rebooted, ()) = tokio::join!(unplug, reboot, release);
-    unplugged.unwrap();
-    rebooted.unwrap();
+    for method in ["VM.clean_reboot", "VM.suspend"] {
+        pool.agent.stores.hold_after(0);
+        let unplug = pool.ask("VBD.unplug", one(drive));
+        let goes_on = async {
+            pool.agent.stores.held().await;
+            pool.ask(method, one(this)).await
+        };
+        let release = async {
+            pool.agent.stores.held().await;
+            // It waits: whoever begins has marked the VM before long.
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+            assert!(pool.of(this).await.get(vm::CURRENT_OPERATIONS).is_empty(), "{method}");
+            pool.agent.stores.release();
+        };
+        let (unplugged, gone_on, ()) = tokio::join!(unplug, goes_on, release);
+        unplugged.unwrap();
+        gone_on.unwrap();
+        assert!(!pool.of(drive).await.get(vbd::CURRENTLY_ATTACHED), "{method}");
+        if method != "VM.suspend" {
+            pool.ask("VBD.plug", one(drive)).await.unwrap();
+        }
+    }
     let steps = pool.agent.steps();
     let spec = steps.iter().find_map(|step| match &step.action {
         Some(Action::Reboot(reboot)) => reboot.spec.clone(),
         _ => None,
     });
     assert!(spec.unwrap().disks.is_empty());
-    assert!(!pool.of(drive).await.get(vbd::CURRENTLY_ATTACHED));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -249,14 +249,19 @@ async fn what_cannot_be_undone_now_holds_nothing_and_is_undone_later() {
     assert!(pool.agent.stores.volumes().is_empty());
 }
 
+/// A provisioning fails, and the disk that it made cannot be removed.
+async fn owes_an_image(pool: &Pool, reason: Reason) {
+    let this = template(pool, "owes").await;
+    pool.agent.stores.fail(2, Fault::Refused(Reason::NoSpace));
+    pool.agent.stores.refuse_undoing(Some(reason));
+    let (method, arguments) = Doing::Provision.call(this);
+    assert_eq!(pool.refusal(method, arguments).await[0], "SR_FULL");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_that_cannot_be_removed_yet_is_nobodys_disk_and_is_removed_later() {
     let pool = Pool::start().await;
-    let this = template(&pool, "in use").await;
-    pool.agent.stores.fail(2, Fault::Refused(Reason::NoSpace));
-    pool.agent.stores.refuse_undoing(Some(Reason::InUse));
-    let (method, arguments) = Doing::Provision.call(this);
-    assert_eq!(pool.refusal(method, arguments).await[0], "SR_FULL");
+    owes_an_image(&pool, Reason::InUse).await;
     assert_eq!(pool.agent.stores.volumes().len(), 1);
     let scan = || vec![text(pool.local().to_string())];
     pool.ask("SR.scan", scan()).await.unwrap();
@@ -271,11 +276,7 @@ async fn an_image_that_cannot_be_removed_yet_is_nobodys_disk_and_is_removed_late
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_owed_when_a_store_was_looked_into_is_no_disk_when_it_is_told() {
     let pool = Pool::start().await;
-    let this = template(&pool, "paid").await;
-    pool.agent.stores.fail(2, Fault::Refused(Reason::NoSpace));
-    pool.agent.stores.refuse_undoing(Some(Reason::InUse));
-    let (method, arguments) = Doing::Provision.call(this);
-    assert_eq!(pool.refusal(method, arguments).await[0], "SR_FULL");
+    owes_an_image(&pool, Reason::InUse).await;
     let scan = || vec![text(pool.local().to_string())];
     pool.agent.stores.hold_after(0);
     let paid = async {
@@ -300,11 +301,7 @@ async fn what_was_owed_when_a_store_was_looked_into_is_no_disk_when_it_is_told()
 #[tokio::test(flavor = "multi_thread")]
 async fn a_debt_in_a_store_that_is_forgotten_is_none() {
     let pool = Pool::start().await;
-    let this = template(&pool, "forgotten").await;
-    pool.agent.stores.fail(2, Fault::Refused(Reason::NoSpace));
-    pool.agent.stores.refuse_undoing(Some(Reason::NoSuchStore));
-    let (method, arguments) = Doing::Provision.call(this);
-    assert_eq!(pool.refusal(method, arguments).await[0], "SR_FULL");
+    owes_an_image(&pool, Reason::NoSuchStore).await;
     let pbds = pool.of(pool.local()).await.get(sr::PBDS);
     for pbd in pbds {
         pool.ask("PBD.unplug", vec![text(pbd.to_string())]).await.unwrap();
@@ -352,6 +349,21 @@ async fn a_disk_whose_end_may_have_begun_ends() {
     pool.agent.stores.appear(image);
     pool.quiet().await;
     assert!(pool.agent.stores.volumes().is_empty());
+    // One that a master began which died with the host.
+    let disk = pool.disk("goes with its host", 1 << 20).await;
+    let dies = &pool.controller.shared.dies_after;
+    dies.store(2, Ordering::SeqCst);
+    let task = pool.ask("Async.VDI.destroy", vec![text(disk.to_string())]).await.unwrap();
+    while dies.load(Ordering::SeqCst) > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    pool.agent.stores.cut(true);
+    let task_ref: Ref<Task> = Ref::from_opaque(reference(&task));
+    pool.until(|state| state.row(task_ref).is_none_or(|row| row.get(task::STATUS) != TaskStatusType::Pending)).await;
+    assert_eq!(pool.of(task_ref).await.get(task::STATUS), TaskStatusType::Success);
+    pool.agent.stores.cut(false);
+    pool.quiet().await;
+    assert_rows_are_images(&pool);
 }
 
 /// Begins a call behind a task, lets go of its operation after so many of its doings, as if the master had died, and

@@ -147,7 +147,8 @@ pub(crate) trait Users: Send + Sync {
     /// Its image becomes so large.
     async fn resize(&self, user: &User, bytes: u64) -> Result<(), Refusal>;
 
-    /// Its image takes in all between it and `base`. Given up when it is dropped.
+    /// Its image takes in all between it and `base`. Whoever drops it waits no longer; the domain gives it up when anything
+    /// else is to be done to its images.
     async fn join(&self, user: &User, base: Option<&Path>) -> Result<(), Refusal>;
 }
 
